@@ -15,6 +15,7 @@ from megatron_dypo.batching.queues import Group, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.run import CheckpointConfig
+from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.journal.journal import Journal
@@ -90,7 +91,12 @@ def save_checkpoint(
 
     Args:
         waits: the folder is there when this returns; see :meth:`megatron_dypo.loop.policy.Policy.save`.
+
+    Raises:
+        RunEnded: on all ranks: a weight is not finite. Nothing is written.
     """
+    # A weight that no token reads, such as the embedding of an unused id, shows in no loss and in no gradient.
+    require_finite_weights(checkpointer.policy, f"step {progress.step}, before its checkpoint")
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
     kept = [sample for group in groups for sample in group]

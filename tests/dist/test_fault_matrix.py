@@ -132,7 +132,8 @@ def test_a_fault_that_ends_a_start_ends_it_on_every_rank_and_the_next_start_goes
 ) -> None:
     row, run = ROWS[kind], runs(layout)
     for number, phase in enumerate(row.phases):
-        victim = number % RANKS
+        # The first rank alone writes the export of so small a model.
+        victim = 0 if (kind, phase) == ("disk full", "export") else number % RANKS
         end = run.start([run.injection(kind, phase, victim)])
         assert len(run.witnessed()) == number + 1, end.output
         assert run.witnessed()[-1]["phase"] == phase

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from megatron_dypo.processes.stop_requests import PREEMPTED_STATUS
 from tests.support.e2e.commands import DEADLINE_S, finished, start, steps_of, train, wait_until
 from tests.support.e2e.parity_task import write_task
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_then_killed_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "objective": {"name": "sft"},

@@ -105,7 +105,8 @@ class Injector:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def ask_to_stop(self, injection: Injection) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        """Do what a launcher does that gets SIGTERM, SIGINT or SIGUSR1."""
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     def leave(self, injection: Injection) -> None:
         os._exit(9)
@@ -117,9 +118,12 @@ class Injector:
         raise RuntimeError("a fault of the matrix")
 
     def fill_disk(self, injection: Injection) -> None:
-        """Make every write beyond a file's first bytes fail in this process, as on a full disk."""
+        """Make every write beyond a file's first page fail in this process, as on a full disk.
+
+        Semaphores, which are small files in memory, are not on the disk and can still be made.
+        """
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 
     def slow_disk(self, injection: Injection) -> None:
         sync = os.fsync
@@ -157,10 +161,17 @@ class Injector:
         torch.empty(2**55)
 
     def spoil_weight(self, injection: Injection) -> None:
+        self._spoil(".mlp.linear_fc2.weight")
+
+    def spoil_unused_weight(self, injection: Injection) -> None:
+        self._spoil("word_embeddings.weight")
+
+    def _spoil(self, name: str) -> None:
         import torch
 
+        named = [pair for chunk in self.policy.chunks for pair in chunk.named_parameters()]
+        parameter = next(parameter for full, parameter in named if full.endswith(name))
         with torch.no_grad():
-            parameter = next(p for chunk in self.policy.chunks for p in chunk.parameters() if p.dim() == 2)
             parameter[0, 0] = float("nan")
 
     def kill_verifiers(self, injection: Injection) -> None:
@@ -185,7 +196,7 @@ class Injector:
 FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
     "SIGKILL": Injector.kill,
     "SIGSTOP": Injector.stop,
-    "SIGTERM": Injector.ask_to_stop,
+    "a request to stop": Injector.ask_to_stop,
     "exit": Injector.leave,
     "sys.exit": Injector.quit,
     "an error": Injector.fail,
@@ -195,6 +206,7 @@ FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
     "torn write": Injector.tear,
     "clock step": Injector.set_clock,
     "NaN in a weight": Injector.spoil_weight,
+    "NaN in a weight that no token reads": Injector.spoil_unused_weight,
     "verifiers killed": Injector.kill_verifiers,
     "a server answers 503": Injector.fail_servers,
     "a server is slow": Injector.fail_servers,

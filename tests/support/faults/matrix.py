@@ -54,13 +54,20 @@ ROWS: Mapping[str, Row] = {
         outcome="ends", victim=(_DISK,), others=(_DISK, _LOST), told_by="the terminal: disk_full, with the file"
     ),
     "torn write": Row(outcome="ends", victim=(-9,), others=(_LOST,), told_by="status.json: rank_lost"),
-    "SIGTERM": Row(outcome="ends", victim=(_STOPPED,), others=(_STOPPED,), told_by="status.json: stopped"),
+    "a request to stop": Row(outcome="ends", victim=(_STOPPED,), others=(_STOPPED,), told_by="status.json: stopped"),
     "NaN in a weight": Row(
         outcome="ends",
         victim=(_NAN,),
         others=(_NAN,),
         phases=("scoring", "update", "refit", "evaluation"),
         told_by="status.json: not_finite, with the parameter; `train/skipped`",
+    ),
+    "NaN in a weight that no token reads": Row(
+        outcome="ends",
+        victim=(_NAN,),
+        others=(_NAN,),
+        phases=("rollouts", "update", "evaluation"),
+        told_by="status.json: not_finite, before the next checkpoint, with the parameter",
     ),
     "SIGSTOP": Row(outcome="goes on", told_by="the log: `stall: …` with rank, host, activity and stack"),
     "slow disk": Row(outcome="goes on", told_by="`timing_s/save_checkpoint`"),
@@ -81,4 +88,4 @@ ROWS: Mapping[str, Row] = {
         outcome="goes on", phases=ASKED, told_by="the log; `refit/fenced`, `refit/rejoined`, `rollout/retries`"
     ),
 }
-"""Name of a fault → what follows."""
+"""Name of a fault → what follows. A launcher passes SIGTERM, SIGINT and SIGUSR1 on as a request to stop."""
