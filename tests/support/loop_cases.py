@@ -215,6 +215,8 @@ class FakePolicy:
         self.refreshed: list[int] = []
         self.bad_updates: set[int] = set()
         """Numbers of updates, from 0, whose gradients are not finite."""
+        self.spoilt_at: int | None = None
+        """Version of the weights from which on one of them is not finite, though no gradient shows it."""
 
     def logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         assert self._is_leader or not samples, "a follower holds no samples"
@@ -262,7 +264,7 @@ class FakePolicy:
         return self.history
 
     def bad_weight(self) -> str | None:
-        return None
+        return "w" if self.spoilt_at is not None and self.version >= self.spoilt_at else None
 
     def bad_gradient(self) -> str | None:
         return "w"

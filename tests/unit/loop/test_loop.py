@@ -298,6 +298,24 @@ def test_updates_that_are_skipped_end_the_run_on_all_ranks_when_they_are_too_man
     assert sorted(ranks[0].policy.saved) == [3], "no checkpoint while updates are skipped"
 
 
+@pytest.mark.parametrize("every", [1, 2, 0], ids=["each step", "every second step", "the last alone"])
+def test_a_weight_that_is_not_finite_is_found_before_a_checkpoint_and_never_exported(
+    tmp_path: Path, every: int
+) -> None:
+    def policy(is_leader: bool) -> FakePolicy:
+        made = FakePolicy(is_leader=is_leader)
+        made.spoilt_at = 3
+        return made
+
+    config = make_config(tmp_path, steps=5, checkpoint=CheckpointConfig(every=every, keep=9))
+    ranks = train(config, policy=policy, world=(2, 1))
+    assert {ended.cause for ended in ranks} == {Cause.NOT_FINITE}
+    found_at = {1: 3, 2: 4, 0: 5}[every]
+    assert ranks[0].message == f"step {found_at}, before its checkpoint: weight w holds a value that is not finite"
+    assert sorted(ranks[0].policy.saved) == [step for step in range(1, 3) if every and step % every == 0]
+    assert ranks[0].policy.exported == []
+
+
 def test_the_weights_are_evaluated_before_the_first_step_when_it_is_due_and_after_the_last(tmp_path: Path) -> None:
     settings = aime(every=2)
     config = make_config(tmp_path, steps=5, eval=settings, batching={"updates_per_batch": 5, "prompts_per_update": 1})
