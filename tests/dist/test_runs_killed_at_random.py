@@ -19,13 +19,17 @@ from tests.support.faults.ranks import start_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS, STEPS, RANKS = 11, 14, 2
+KILLS, RANKS = 11, 2
+STEPS = {"sft": 150, "sft, async": 150, "dypo": 16, "dypo, async": 16}
+"""Steps of each case: enough for all kills, since a step of SFT asks no server."""
+LATEST_S = {"sft": 0.4, "sft, async": 0.4, "dypo": 1.5, "dypo, async": 1.5}
+"""Longest time from the end of a step to a kill."""
 IN_FLIGHT = 8
 """Groups that one kill may lose: those of a collection."""
 DEADLINE_S = 300.0
 CASES: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"name": "sft"}},
-    "sft, async": {"objective": {"name": "sft"}, "rollout": {"mode": "async"}},
+    "sft, async": {"objective": {"name": "sft", "importance": {"cap": 2.0}}, "rollout": {"mode": "async"}},
     "dypo": {},
     "dypo, async": {"objective": {"importance": {"cap": 2.0}}, "rollout": {"mode": "async"}},
 }
@@ -35,8 +39,8 @@ KEPT = ("train/loss", "train/grad_norm", "ledger/drawn", "reward/mean")
 class Killer:
     """Kills one rank, or all, some time after a start has made a number of steps."""
 
-    def __init__(self, run_dir: Path, draw: random.Random) -> None:
-        self._run_dir, self._draw = run_dir, draw
+    def __init__(self, run_dir: Path, draw: random.Random, latest_s: float) -> None:
+        self._run_dir, self._draw, self._latest_s = run_dir, draw, latest_s
         self._wanted = len(steps_of(run_dir)) + draw.randrange(0, 4)
         self._at: float | None = None
         self.is_done = False
@@ -45,7 +49,7 @@ class Killer:
         if self.is_done or len(steps_of(self._run_dir)) < self._wanted:
             return
         if self._at is None:
-            self._at = time.monotonic() + self._draw.uniform(0.0, 1.5)
+            self._at = time.monotonic() + self._draw.uniform(0.0, self._latest_s)
         if time.monotonic() >= self._at:
             alive = [process.pid for process in processes if process.is_alive()]
             if len(alive) < len(processes):
@@ -64,7 +68,7 @@ def task(folder: Path, case: str, servers: Sequence[PolicyServer]) -> Path:
     rollout = {"servers": {"urls": [server.url for server in servers]}, **sections.pop("rollout")}
     return write_task(
         folder,
-        run={"steps": STEPS},
+        run={"steps": STEPS[case]},
         rollout=rollout,
         refit={"transport": "disk"},
         parallel={"num_processes": RANKS, "tensor": 2},
@@ -85,7 +89,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(tmp_path
         config = task(tmp_path / "killed", case, servers)
         run_dir = config.parent / "run"
         while True:
-            killer = Killer(run_dir, draw)
+            killer = Killer(run_dir, draw, LATEST_S[case])
             end = start_ranks(
                 config, RANKS, [], deadline_s=DEADLINE_S, while_running=killer if kills < KILLS else lambda _: None
             )
@@ -99,7 +103,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(tmp_path
         asked = generated(servers)
     assert kills == KILLS
     assert of(run_dir) == seen
-    assert sorted(seen)[-1] == STEPS
+    assert sorted(seen)[-1] == STEPS[case]
     for record in steps_of(run_dir).values():
         accounts = {name: value for name, value in record.items() if name.startswith("ledger/")}
         assert accounts.pop("ledger/drawn", 0.0) == sum(accounts.values())

@@ -36,8 +36,9 @@ class Row:
 
 
 _LOST = Cause.RANK_LOST.status
-_BUG, _MEMORY, _DISK, _STOPPED, _NAN = (
-    cause.status for cause in (Cause.BUG, Cause.OUT_OF_MEMORY, Cause.DISK_FULL, Cause.STOPPED, Cause.NOT_FINITE)
+_BUG, _MEMORY, _DISK, _STOPPED, _NAN, _DONE = (
+    cause.status
+    for cause in (Cause.BUG, Cause.OUT_OF_MEMORY, Cause.DISK_FULL, Cause.STOPPED, Cause.NOT_FINITE, Cause.DONE)
 )
 _SERVER_TIMES = "`timing_s/gen`, `timing_s/refit`"
 _SERVER_LOST = "the log; `refit/fenced`, `refit/rejoined`, `rollout/retries`"
@@ -54,7 +55,9 @@ ROWS: Mapping[str, Row] = {
         outcome="ends", victim=(_DISK,), others=(_DISK, _LOST), told_by="the terminal: disk_full, with the file"
     ),
     "torn write": Row(outcome="ends", victim=(-9,), others=(_LOST,), told_by="status.json: rank_lost"),
-    "a request to stop": Row(outcome="ends", victim=(_STOPPED,), others=(_STOPPED,), told_by="status.json: stopped"),
+    "a request to stop": Row(  # the last step of a run ends it anyway
+        outcome="ends", victim=(_STOPPED, _DONE), others=(_STOPPED, _DONE), told_by="status.json: stopped"
+    ),
     "NaN in a weight": Row(
         outcome="ends",
         victim=(_NAN,),

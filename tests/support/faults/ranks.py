@@ -94,7 +94,9 @@ def _rank(variables: dict[str, str], config: Path, injections: list[Injection], 
     from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.launch import attempt
     from megatron_dypo.launch.start import launch, train_rank
+    from megatron_dypo.processes import stop_requests
 
+    stop_requests.hold_requests()  # as the command does first: threads that start from now on must not get them
     attempt.VICTIM_WAIT_S = 3.0  # a rank that was killed reports nothing; a launcher would end the others
     rank = int(variables["RANK"])
     Injector([one for one in injections if one.rank == rank], KEY).install()
