@@ -163,7 +163,8 @@ def restore_draws(draws: Draws, state: Mapping[str, Any]) -> None:
 def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> RolloutBatch:
     """Put waiting groups into the queues of this replica, and return the rest of the open rollout batch.
 
-    Whole groups are dealt to the replicas of this run in turn, however many replicas wrote them.
+    A group goes to the replica that has its draw (:class:`Draws`), however many replicas wrote the checkpoint. With as
+    many replicas as before each goes on with its own groups, so the sums of an update have the same order.
 
     Args:
         path: of the checkpoint, for messages.
@@ -180,8 +181,10 @@ def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> Rollou
         raise ValueError(f"{path}: a file leader_*.bin is damaged: {error}") from error
     groups = [group for group in found if not group[0].is_buffered]
     buffered = [group for group in found if group[0].is_buffered]
-    share = slice(replica.draws.replica, None, replica.draws.replicas)
-    own, own_buffered = groups[share], buffered[share]
+    draws = replica.draws
+    own, own_buffered = (
+        [group for group in kept if order_of(group) % draws.replicas == draws.replica] for kept in (groups, buffered)
+    )
     batch = RolloutBatch.from_json(state, own, own_buffered)
     missing = set(batch.open_orders()) - {order_of(group) for group in groups}
     missing |= set(batch.buffered_orders) - {order_of(group) for group in buffered}

@@ -51,6 +51,8 @@ def test_what_waited_is_shared_as_whole_groups_whatever_the_number_of_replicas(
     assert members == [(s.order, s.member) for g in GROUPS for s in g]
     assert all(len({order for order, _ in group}) == 1 for groups in held for group in groups)
     assert max(map(len, held)) - min(map(len, held)) <= 1
+    for number, groups in enumerate(held):
+        assert {order % replicas for group in groups for order, _ in group} <= {number}, "the replica of the draw"
     assert {order for batch in batches for group in batch for order, _ in group} == set(orders)
 
 
