@@ -56,7 +56,7 @@ class Injector:
         self._key = key
         self._steps = 0
         self.policy: Any = None
-        self.slow_writes = 0
+        self._has_slow_disk = False
 
     def install(self) -> None:
         """Listen to the parts of a step, and to the policy when it is built."""
@@ -126,11 +126,13 @@ class Injector:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 
     def slow_disk(self, injection: Injection) -> None:
-        sync = os.fsync
+        """From now on the disk takes its time for each file."""
+        if self._has_slow_disk:
+            return
+        self._has_slow_disk, sync = True, os.fsync
 
         def slow_sync(descriptor: Any) -> None:
-            self.slow_writes += 1
-            time.sleep(0.2)
+            time.sleep(0.1)
             sync(descriptor)
 
         os.fsync = slow_sync  # type: ignore[assignment]
