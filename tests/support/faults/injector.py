@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -189,10 +190,14 @@ class Injector:
     def fail_servers(self, injection: Injection) -> None:
         kind = injection.kind.removeprefix("a server ").removeprefix("is ")
         kind = {"answers 503": "busy"}.get(kind, kind)
+        body = json.dumps({"kind": kind, "seconds": SERVER_FAULT_S}).encode()
         for url in injection.urls:
-            body = json.dumps({"kind": kind, "seconds": SERVER_FAULT_S}).encode()
-            headers = {"Authorization": f"Bearer {self._key}"}
-            urllib.request.urlopen(urllib.request.Request(f"{url}/fault", body, headers), timeout=30).close()
+            request = urllib.request.Request(f"{url}/fault", body, {"Authorization": f"Bearer {self._key}"})
+            for _ in range(100):  # it may still be gone since the last phase
+                with contextlib.suppress(urllib.error.URLError):
+                    urllib.request.urlopen(request, timeout=30).close()
+                    break
+                time.sleep(0.1 * SERVER_FAULT_S)
 
 
 FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
