@@ -26,7 +26,8 @@ reach it, and what ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the 
   after 5 s of processor time |
 | row checker | whoever opens prompts (multiprocessing, spawn) | SIGUSR1, SIGUSR2, SIGINT and SIGHUP blocked | the end
   of the check; SIGTERM, which the kernel sends when its parent is gone |
-| checkpoint writer | rank (Megatron-Core, fork) | STOP blocked | the end of its file |
+| checkpoint writer | a thread of a rank (Megatron-Core, fork) | STOP blocked | the end of its file; SIGKILL, which the
+  kernel sends when that thread ends |
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from pathlib import Path
 STOP = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to stop."""
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_forking = threading.local()
 
 
 def program(target: str, *arguments: object, isolated: bool = False) -> list[str]:
@@ -106,8 +109,30 @@ def tie_to_parent() -> None:
 
 def signal_at_parents_end(number: signal.Signals) -> None:
     """Ask the kernel for a signal when the parent ends, or when its thread that started this process ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+
+
+@contextlib.contextmanager
+def forks_end_with_this_thread() -> Iterator[None]:
+    """Let processes that this thread forks inside the block be killed when the thread ends, or its process (Linux).
+
+    A fork has its parent's sockets. If it outlived the parent, other ranks would not see that their connections to it
+    are lost.
+    """
+    _forking.is_tied = True
+    try:
+        yield
+    finally:
+        _forking.is_tied = False
+
+
+def _tie_fork() -> None:
+    if getattr(_forking, "is_tied", False):
+        signal_at_parents_end(signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_tie_fork)
 
 
 def wait_for_end(process: subprocess.Popen[bytes]) -> None:

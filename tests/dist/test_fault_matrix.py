@@ -73,7 +73,7 @@ class FaultyRun:
 
     def num_without_verdict(self) -> float:
         """Return how many groups and responses a verifier had in its hands when it was killed."""
-        names = ("rollout/groups_without_verdict", "eval/held_out/num_lost")
+        names = ("rollout/groups_without_verdict", "eval/held_out/num_without_verdict")
         return sum(record.get(name, 0.0) for record in steps_of(self.dir).values() for name in names)
 
     def log(self) -> str:

@@ -31,6 +31,7 @@ from megatron_dypo.mcore.checkpoints.sealing import seal, tensor_files
 from megatron_dypo.mcore.compat.results_queue import use_results_queue
 from megatron_dypo.parallel.collectives import any_rank, gather_world
 from megatron_dypo.parallel.groups import MeshRank
+from megatron_dypo.processes.children import forks_end_with_this_thread
 
 
 def stage(state: dict[str, Any], folder: Path) -> AsyncRequest:
@@ -106,9 +107,10 @@ class PendingSave:
 
     def _write(self) -> None:
         try:
-            for request in self._requests:
-                if request.async_fn is not None:
-                    request.async_fn(*request.async_fn_args, **request.async_fn_kwargs)
+            with forks_end_with_this_thread():
+                for request in self._requests:
+                    if request.async_fn is not None:
+                        request.async_fn(*request.async_fn_args, **request.async_fn_kwargs)
             partial = partial_of(self.final)
             self._records = record_files(partial, tensor_files(partial, self._layout.rank))
         except BaseException as error:  # noqa: BLE001 (it is raised by finish, on all ranks)

@@ -10,6 +10,7 @@ import threading
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dypo.processes import children
@@ -128,3 +129,28 @@ os.kill(os.getpid(), 9)
     reader.join(20)
     assert rest == [""]
     process.wait()
+
+
+FORKING = """
+import contextlib, multiprocessing, sys, time
+from megatron_dypo.processes.children import forks_end_with_this_thread
+
+with forks_end_with_this_thread() if sys.argv[1] == "tied" else contextlib.nullcontext():
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    fork.start()
+print(fork.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["tied", "not tied"])
+def test_a_fork_that_is_tied_does_not_outlive_a_process_that_is_killed(how: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", FORKING, how], stdout=subprocess.PIPE, text=True)
+    fork = psutil.Process(int(present(parent.stdout).readline()))
+    assert fork.is_running()
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs([fork], timeout=20.0 if how == "tied" else 0.5)
+    assert bool(alive) is (how == "not tied")
+    for one in alive:
+        one.kill()
