@@ -91,7 +91,12 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(tmp_path
         while True:
             killer = Killer(run_dir, draw, LATEST_S[case])
             end = start_ranks(
-                config, RANKS, [], deadline_s=DEADLINE_S, while_running=killer if kills < KILLS else lambda _: None
+                config,
+                RANKS,
+                [],
+                deadline_s=DEADLINE_S,
+                while_running=killer if kills < KILLS else lambda _: None,
+                ends_others_after_s=20.0,  # a rank that was not there yet cannot be missed
             )
             # A step that is made again is the same step.
             seen |= {step: values for step, values in of(run_dir).items() if step not in seen}

@@ -23,7 +23,6 @@ LAST_LINES = {
     "probe": {"time_vs_updates", "memory_256_vs_32"},
     "probe_coverage": {"least_coverage"},
     "journal": {"write_vs_parse", "digest_vs_copy", "bytes_per_token", "us_per_token"},
-    "saving": {"sync_vs_none", "async_vs_none", "copy_vs_none"},
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
     "lm_eval_gsm8k": {"items", "same_responses", "correct_ours", "truncated", "correct_and_truncated"}
     | {

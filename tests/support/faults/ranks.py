@@ -44,11 +44,14 @@ def start_ranks(
     *,
     deadline_s: float,
     while_running: Callable[[Sequence[Any]], None] = lambda processes: None,
+    ends_others_after_s: float | None = None,
 ) -> Ended:
     """Start the ranks of a run, and return how they ended.
 
     Args:
         while_running: is called again and again with the processes of the ranks.
+        ends_others_after_s: time after which ranks are killed if another one was killed, as a launcher does at once;
+            None: they must end by themselves.
 
     Raises:
         TimeoutError: a rank was still there at the deadline. All are killed.
@@ -62,8 +65,13 @@ def start_ranks(
         process = context.Process(target=_rank, args=(variables, config, list(injections), log))
         process.start()
         processes.append(process)
+    lost_at: float | None = None
     try:
         while any(process.is_alive() for process in processes):
+            if lost_at is None and any(process.exitcode for process in processes):
+                lost_at = time.monotonic()
+            if lost_at and ends_others_after_s is not None and time.monotonic() - lost_at > ends_others_after_s:
+                break
             if time.monotonic() - began > deadline_s:
                 raise TimeoutError(f"a rank did not end in {deadline_s:g} s\n" + _read(logs))
             while_running(processes)
