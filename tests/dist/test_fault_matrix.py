@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class FaultyRun:
 
     config: Path
     servers: Sequence[PolicyServer]
-    ends: list[Ended] = field(default_factory=list)
 
     @property
     def dir(self) -> Path:
@@ -52,9 +51,7 @@ class FaultyRun:
     def start(
         self, injections: Sequence[Injection], while_running: Callable[[Sequence[Any]], None] = lambda processes: None
     ) -> Ended:
-        end = start_ranks(self.config, RANKS, injections, deadline_s=DEADLINE_S, while_running=while_running)
-        self.ends.append(end)
-        return end
+        return start_ranks(self.config, RANKS, injections, deadline_s=DEADLINE_S, while_running=while_running)
 
     def witnessed(self) -> list[dict[str, Any]]:
         path = self.config.parent / "witness.jsonl"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+S = TypeVar("S", bound="FakeServer")
 
 KEY = "secret"
 
@@ -74,9 +76,8 @@ class FakeServer:
 
 
 @contextmanager
-def fake_servers(count: int, **state: Any) -> Iterator[list[FakeServer]]:
-    """Start ``count`` servers that require ``KEY``; stop them at the end."""
-    servers = [FakeServer(**state) for _ in range(count)]
+def running(servers: list[S]) -> Iterator[list[S]]:
+    """Start the servers, which require ``KEY``; stop them at the end."""
     for server in servers:
         server.start()
     try:
@@ -84,6 +85,11 @@ def fake_servers(count: int, **state: Any) -> Iterator[list[FakeServer]]:
     finally:
         for server in servers:
             server.die()
+
+
+def fake_servers(count: int, **state: Any) -> AbstractContextManager[list[FakeServer]]:
+    """Start ``count`` servers; see :func:`running`."""
+    return running([FakeServer(**state) for _ in range(count)])
 
 
 class _Server(ThreadingHTTPServer):

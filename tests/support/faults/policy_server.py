@@ -10,12 +10,11 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.fake_control import FakeServer
+from tests.support.fake_control import FakeServer, running
 
 VOCAB = range(3, 131)
 """Ids of the words of the parity task."""
@@ -80,14 +79,6 @@ class PolicyServer(FakeServer):
         }
 
 
-@contextmanager
-def policy_servers(count: int, **state: Any) -> Iterator[list[PolicyServer]]:
-    """Start ``count`` servers, which require the key of :mod:`tests.support.fake_control`; stop them at the end."""
-    servers = [PolicyServer(**state) for _ in range(count)]
-    for server in servers:
-        server.start()
-    try:
-        yield servers
-    finally:
-        for server in servers:
-            server.die()
+def policy_servers(count: int, **state: Any) -> AbstractContextManager[list[PolicyServer]]:
+    """Start ``count`` servers; see :func:`tests.support.fake_control.running`."""
+    return running([PolicyServer(**state) for _ in range(count)])
