@@ -23,8 +23,10 @@ from megatron_dypo.metrics import status
 from megatron_dypo.metrics.logs import append_line, flush_repeated, set_up_logging, write_crashes
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
 from megatron_dypo.processes import stop_requests, watchdog
-from megatron_dypo.processes.children import tie_to_parent
+from megatron_dypo.processes.children import signal_at_parents_end
 
+LAUNCHER_VARIABLE = "MEGATRON_DYPO_LAUNCHER"
+"""Environment variable of a rank: the process number of its launcher. torchrun itself does not set it."""
 VICTIM_WAIT_S = 15.0
 """Longest wait of a rank that lost its connections for the rank that caused it to report why."""
 _LEADER_WAIT_S = 60.0
@@ -44,7 +46,8 @@ def run_rank(config: Config, work: Callable[[Config], None]) -> int:
         work: the loop. If it ends before its last step, it raises :class:`RunEnded`.
     """
     if "RANK" in os.environ:
-        tie_to_parent()  # a rank must not train on unnoticed after its torchrun was killed
+        # A rank must not train on unnoticed after its torchrun was killed.
+        signal_at_parents_end(signal.SIGTERM, int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
     attempt = Attempt(Path(config.run.dir), watchdog_s=config.run.watchdog_s)
     try:
         attempt.begin()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dypo.ending import Cause, cause_of
-from megatron_dypo.launch.attempt import end_of, last_line, stop_before_start, terminal_line
+from megatron_dypo.launch.attempt import LAUNCHER_VARIABLE, end_of, last_line, stop_before_start, terminal_line
 from megatron_dypo.launch.run_folder import make_run_folder
 from megatron_dypo.launch.run_lock import remove_dead, require_free
 from megatron_dypo.metrics.logs import append_line
@@ -60,6 +60,7 @@ def main() -> int:
         status = end_of(error)
         _write_end_file(status, None, f"{cause_of(error).label}: {error}")
         return status
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     stop_requests.listen(launcher.answers())
     return launcher.run(meeting.arguments)
 

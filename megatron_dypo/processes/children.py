@@ -89,28 +89,27 @@ def signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def end_with_parent() -> None:
-    """Make this process get SIGTERM when its parent ends, even by SIGKILL (Linux, ``prctl(2)``).
+def end_with_parent(parent: int) -> None:
+    """Make this process get SIGTERM when its ``parent`` ends, even by SIGKILL (Linux, ``prctl(2)``).
 
     SIGTERM is unblocked and gets its default action; children of a trainer would otherwise inherit it blocked.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     unblock(signal.SIGTERM)
-    tie_to_parent()
+    signal_at_parents_end(signal.SIGTERM, parent)
 
 
-def tie_to_parent() -> None:
-    """Ask for SIGTERM when the parent ends. In a process that blocks SIGTERM it becomes pending."""
-    parent = os.getppid()
-    signal_at_parents_end(signal.SIGTERM)
-    if os.getppid() != parent:  # the parent ended before the request
-        sys.exit(128 + signal.SIGTERM)
+def signal_at_parents_end(number: signal.Signals, parent: int) -> None:
+    """Ask the kernel for a signal when the parent ends, or when its thread that started this process ends.
 
-
-def signal_at_parents_end(number: signal.Signals) -> None:
-    """Ask the kernel for a signal when the parent ends, or when its thread that started this process ends."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+    Args:
+        parent: the number that the parent gave as its own. If it has ended before this call, the signal comes at once.
+    """
+    if _LIBC is None:
+        return
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager
@@ -120,16 +119,16 @@ def forks_end_with_this_thread() -> Iterator[None]:
     A fork has its parent's sockets. If it outlived the parent, other ranks would not see that their connections to it
     are lost.
     """
-    _forking.is_tied = True
+    _forking.parent = os.getpid()
     try:
         yield
     finally:
-        _forking.is_tied = False
+        _forking.parent = None
 
 
 def _tie_fork() -> None:
-    if getattr(_forking, "is_tied", False):
-        signal_at_parents_end(signal.SIGKILL)
+    if parent := getattr(_forking, "parent", None):
+        signal_at_parents_end(signal.SIGKILL, parent)
 
 
 os.register_at_fork(after_in_child=_tie_fork)

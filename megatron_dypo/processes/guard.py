@@ -9,6 +9,7 @@ The kernel's own signal (PR_SET_PDEATHSIG) is not enough: it cannot be followed 
 *thread* that started a process ends. So this process stands in between, and the signal only makes it look.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -40,10 +41,10 @@ def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     child.wait()
 
 
-def _prepare_command() -> None:
+def _prepare_command(guard: int) -> None:
     """Prepare the command's process: unblock signals, and make it end if the guard is killed."""
     unblock(*_STOP, signal.SIGCHLD)
-    signal_at_parents_end(signal.SIGKILL)
+    signal_at_parents_end(signal.SIGKILL, guard)
 
 
 def main() -> int:
@@ -51,8 +52,9 @@ def main() -> int:
     parent, grace_s, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     # Block the signals, so that none is lost between two waits. The command starts with them unblocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP, signal.SIGCHLD])
-    signal_at_parents_end(signal.SIGCHLD)
-    child = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_command)
+    signal_at_parents_end(signal.SIGCHLD, parent)
+    prepare = functools.partial(_prepare_command, os.getpid())
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=prepare)
     _wait(child, parent)
     status = child.poll()
     _end_group(child, grace_s)

@@ -66,7 +66,7 @@ def _in_processes(
 ) -> Iterator[PartCheck]:
     # Spawn, since a fork of a process with threads (torch's, pyarrow's) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(tokenizer, data)) as pool:
+    with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(os.getpid(), tokenizer, data)) as pool:
         try:
             # The processes start here. They must not get the signals, which are for the run; the run ends them.
             with blocked((signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)):
@@ -84,8 +84,8 @@ def _in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _start(tokenizer: Tokenizer | None, data: DataConfig) -> None:
-    end_with_parent()
+def _start(parent: int, tokenizer: Tokenizer | None, data: DataConfig) -> None:
+    end_with_parent(parent)
     global _work
     _work = tokenizer, data
 

@@ -143,6 +143,46 @@ time.sleep(600)
 """
 
 
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_a_process_whose_parent_has_ended_already_gets_the_signal_at_once(number: str) -> None:
+    code = "import os, signal; from megatron_dypo.processes.children import signal_at_parents_end as ask; "
+    code += f"ask(signal.{number}, os.getppid()); print('lives', flush=True); ask(signal.{number}, os.getpid())"
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert (child.stdout, child.returncode) == ("lives\n", -signal.Signals[number])
+
+
+LATE_FORKING = """
+import os, signal, sys, time
+from megatron_dypo.processes import children
+
+# The fork runs only after its parent has been killed, as it may on a busy machine.
+tie, parent = children.signal_at_parents_end, os.getpid()
+def late(number, of):
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    tie(number, of)
+children.signal_at_parents_end = late
+with children.forks_end_with_this_thread():
+    fork = os.fork()
+if not fork:
+    time.sleep(600)
+print(fork, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_tied_fork_that_first_runs_after_its_parents_end_ends_too() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", LATE_FORKING], stdout=subprocess.PIPE, text=True)
+    fork = psutil.Process(int(present(parent.stdout).readline()))
+    parent.kill()
+    parent.wait()
+    present(parent.stdout).close()
+    _, alive = psutil.wait_procs([fork], timeout=20.0)
+    for one in alive:
+        one.kill()
+    assert not alive
+
+
 @pytest.mark.parametrize("how", ["tied", "not tied"])
 def test_a_fork_that_is_tied_does_not_outlive_a_process_that_is_killed(how: str) -> None:
     parent = subprocess.Popen([sys.executable, "-c", FORKING, how], stdout=subprocess.PIPE, text=True)

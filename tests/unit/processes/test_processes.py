@@ -10,15 +10,15 @@ from megatron_dypo.processes.identity import own_identity
 from tests.support.present import present
 
 CHILD = """
-import signal
+import signal, sys
 from megatron_dypo.processes.children import end_with_parent
-end_with_parent()
+end_with_parent(int(sys.argv[1]))
 print('ready', flush=True)
 signal.pause()
 """
 PARENT = f"""
 import os, signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 os.dup2(2, 1)  # of the pipe to the test only the child's standard error is left
