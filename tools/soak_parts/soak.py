@@ -23,6 +23,7 @@ from tools.soak_parts.processes import RunProcesses, find_processes
 
 _LOOK_EVERY_S = 0.5
 _SAMPLE_EVERY_S = 5.0
+_LAST_START_S = 120.0
 _LEAVE_S = 60.0
 """Longest life of a run's processes after its command has ended."""
 _FINAL = {Cause.DONE.status, Cause.BAD_INPUT.status, Cause.NOT_FINITE.status, Cause.NOTHING_LEFT.status}
@@ -81,7 +82,7 @@ class Soak:
         self.story = Story()
 
     def run(self, deadline_s: float) -> Story:
-        """Start the run again and again until it is done or the time is over, and do faults to it."""
+        """Start the run again and again until it is done, and do faults to it. When the time is over, it is stopped."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             self._damage()
@@ -89,7 +90,11 @@ class Soak:
             self.story.ends.append(status)
             self._say(f"start {len(self.story.ends)} ended with status {status}")
             if status in _FINAL:
-                break
+                return self.story
+        if self.story.ends[-1] != Cause.STOPPED.status:
+            # The last fault left it ended. It must be able to go on.
+            self._max_faults = 0
+            self.story.ends.append(self._one_start(time.monotonic() + _LAST_START_S))
         return self.story
 
     def _one_start(self, end: float) -> int:

@@ -18,7 +18,8 @@ signal.pause()
 """
 PARENT = f"""
 import os, signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+command = [sys.executable, "-c", {CHILD!r}, str(os.getpid())]
+child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 os.dup2(2, 1)  # of the pipe to the test only the child's standard error is left

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tools.soak import compare_accuracies
 from tools.soak_parts.faults import FAULTS, flip_a_bit
 from tools.soak_parts.invariants import GAP, Sample, growth, violations
 from tools.soak_parts.processes import RunProcesses, find_processes
@@ -54,10 +55,23 @@ def life(values: list[int], **fields: Any) -> list[Sample]:
 
 
 def test_the_growth_is_that_of_the_last_third_over_the_second_of_the_process_that_grew_most() -> None:
-    flat, grows, short = [100] * 60, [500] * 20 + [100] * 20 + [130] * 20, [1] * 10 + [9] * 10
+    flat, grows, short = [100] * 240, [500] * 80 + [100] * 80 + [130] * 80, [1] * 50 + [9] * 50
     samples = [*life(flat, pid=1), *life(grows, pid=2), *life(short, pid=3), *life(flat, role="server", pid=4)]
     assert growth(samples)["rss"] == {"rank": pytest.approx(0.3), "server": 0.0}
     assert growth(samples)["threads"] == {"rank": 0.0, "server": 0.0}
+
+
+def test_accuracies_are_compared_at_the_last_step_at_which_both_runs_were_evaluated() -> None:
+    def evaluated(step: int, value: float) -> dict[str, Any]:
+        name = "eval/heldout/accuracy"
+        return {"step": step, name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+
+    calm = [evaluated(0, 0.1), evaluated(50, 0.5), evaluated(100, 0.9)]
+    step, found = compare_accuracies(calm, [evaluated(0, 0.2), evaluated(50, 0.4), record(60)])
+    assert step == 50
+    values = {run: sets["eval/heldout/accuracy"] for run, sets in found.items()}
+    assert values == {"calm": [0.5, 0.4, 0.6], "faults": [0.4, pytest.approx(0.3), 0.5]}
+    assert compare_accuracies(calm, []) == (None, {"calm": {}, "faults": {}})
 
 
 def test_one_bit_of_the_newest_checkpoint_is_flipped_if_there_is_an_older_one(tmp_path: Path) -> None:
