@@ -66,7 +66,8 @@ def _in_processes(
 ) -> Iterator[PartCheck]:
     # Spawn, since a fork of a process with threads (torch's, pyarrow's) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(os.getpid(), tokenizer, data)) as pool:
+    work = (os.getpid(), tokenizer, data)
+    with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=work) as pool:
         try:
             # The processes start here. They must not get the signals, which are for the run; the run ends them.
             with blocked((signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)):
