@@ -99,6 +99,7 @@ def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
         quantization="none",
         element_size=DTYPE.itemsize,
     )
+    most_links = inputs.make_plan().most_links()
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     _stores.append(store)
     return ControlMessage(
@@ -109,7 +110,8 @@ def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
         store_host="127.0.0.1",
         store_port=store.port,
         connection="benchmark",
-        slot_bytes=slot_bytes(inputs.make_plan(), BUCKET_BYTES),
+        slot_bytes=slot_bytes(most_links, BUCKET_BYTES),
+        most_links=most_links,
         refit=0,
         version=0,
         verify="sampled",
@@ -207,6 +209,7 @@ class SourceEnd:
             store,
             urls,
             message.slot_bytes,
+            message.most_links,
             make_slices=lambda: ShardSlices(self.params.items(), self.arch),
             verify=message.verify,
         )

@@ -56,8 +56,10 @@ class ServersConfig:
     port: int = 30000
     """First port to try. The servers of a node take the next free ports. Choose it below the system's ephemeral
     range."""
-    base_gpu: int = 0
-    """First GPU of the run's servers. Each server takes the next ``tensor_parallel`` GPUs."""
+    base_gpu: int | None = None
+    """First GPU of the servers on their node. Each server takes the next ``tensor_parallel`` GPUs. ``null``: for
+    servers that the run starts, the first GPU after those of the ranks on the same node, or 0 with
+    ``refit.offload_servers``, where they share GPUs; for ``megatron-dypo serve``, 0."""
     mem_fraction: float | None = None
     """Share of GPU memory for weights and KV cache (SGLang's ``--mem-fraction-static``). ``null``: SGLang's default."""
     max_total_tokens: int | None = None
@@ -85,7 +87,9 @@ class ServersConfig:
     def __post_init__(self) -> None:
         require_positive(self, "per_node", "nodes", "tensor_parallel")
         _require_deadlines(self, "start_deadline_s", "stop_grace_s")
-        require_not_negative(self, "max_restarts", "base_gpu")
+        require_not_negative(self, "max_restarts")
+        if self.base_gpu is not None:
+            require_not_negative(self, "base_gpu")
         require_urls(self.urls, "urls")
         require_host(self.host, "host")
         last = self.port + self.per_node - 1

@@ -13,6 +13,7 @@ from megatron_dypo.config.urls import url_host
 from megatron_dypo.launch.probe_target import ProbeTarget
 from megatron_dypo.launch.replay_target import ReplayTarget
 from megatron_dypo.metrics.terminal import survive_terminal
+from megatron_dypo.parallel.environment import prepare_rank
 from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
@@ -47,8 +48,7 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
         work: the work of one rank.
     """
     survive_terminal()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    prepare_rank(os.environ)
     if _is_on_one_host(config):
         stay_on_this_host(os.environ)  # ranks and servers inherit it
     if "RANK" not in os.environ and config.parallel.local_ranks > 1:
@@ -57,8 +57,11 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
 
     def prepared(config: Config) -> None:
         from megatron_dypo.mcore.features import shield_imports
+        from megatron_dypo.parallel import device
         from megatron_dypo.rollout.descriptors import raise_descriptor_limit
 
+        if not device.on_gpu():
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # it would need a compiler, and takes minutes
         raise_descriptor_limit()  # servers and checkpoint writers inherit it
         shield_imports()  # before anything imports Megatron
         work(config)

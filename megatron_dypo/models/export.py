@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,6 +28,7 @@ def export_hf(
     reference_hf_path: str | Path,
     stop_ids: Sequence[int] = (),
     quantization: Quantization = "none",
+    values: Callable[[Tensor], Tensor] = Tensor.detach,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the policy as the HF folder ``out_dir``, which appears whole, replacing an older one.
@@ -39,6 +40,7 @@ def export_hf(
 
     Args:
         stop_ids: ids at which the policy stops; generation_config.json names them all. The global leader's count.
+        values: returns a parameter, or a dequantised copy of one in FP8.
 
     Raises:
         ValueError: a parameter that no rule matches, before anything is written.
@@ -51,7 +53,7 @@ def export_hf(
     if layout.is_global_leader:
         start_folder(out_dir)
     dist.barrier(group=layout.senders_group)
-    tensors = quantized_tensors(iter_hf_tensors(params, arch, layout), quantization)
+    tensors = quantized_tensors(iter_hf_tensors(params, arch, layout, values), quantization)
     total = sum(spec.num_bytes for spec in specs)
     title = f"export of stage {layout.pp_rank}"
     with exhausted(tensors), progress(total, title, "bytes", enabled=layout.is_global_leader) as bar:

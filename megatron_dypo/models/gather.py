@@ -7,7 +7,7 @@ iteration on all of them at once; otherwise the others would wait for the time-o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,10 @@ class PeerFailedError(RuntimeError):
 
 @torch.no_grad()
 def iter_hf_tensors(
-    params: Sequence[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
+    params: Sequence[tuple[str, Tensor]],
+    arch: Architecture,
+    layout: MeshRank,
+    values: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield HF names and tensors of parameters: experts on expert-tensor rank 0, all others on tensor-parallel rank 0.
 
@@ -36,6 +39,9 @@ def iter_hf_tensors(
     the iterator. All ranks of ``etp_group`` need the same experts, and all ranks of ``tp_group`` the same other
     parameters, in the same order. At most one parameter is whole at a time. A replicated parameter is yielded without a
     copy. Copies of tied embeddings are left out.
+
+    Args:
+        values: returns a parameter, or a dequantised copy of one in FP8; called for one parameter at a time.
 
     Raises:
         ValueError: no rule matches a parameter.
@@ -48,7 +54,9 @@ def iter_hf_tensors(
             if row.is_copy:
                 continue
             axis = _axis(row, layout)
-            shards = _gather_to_first(param.detach(), axis, peers) if _is_split(row, axis) else [param.detach()]
+            value = values(param).detach()
+            shards = _gather_to_first(value, axis, peers) if _is_split(row, axis) else [value]
+            del value
             if axis.rank == 0:
                 yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
     except BaseException:  # also GeneratorExit: the caller failed or has stopped early

@@ -29,7 +29,7 @@ from megatron_dypo.parallel.stores import StoreAddress
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Number of the protocol: this message, and the data on the store and the links. Both sides must have the same."""
 
 GO = "go"
@@ -69,6 +69,8 @@ class ControlMessage:
     """Name of the connection; its links stay open between refits."""
     slot_bytes: int
     """Largest size of one message on a link."""
+    most_links: int
+    """Number of links of the rank, of trainer and all servers, that has the most."""
     refit: int
     """Number of the refit on this connection, from 1. 0 opens the connection and sends nothing."""
     version: int

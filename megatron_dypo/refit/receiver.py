@@ -88,6 +88,8 @@ class Session:
             server=message.server,
             sources=plan.sources_of(message.server),
             num_server_ranks=message.plan.servers[message.server].tensor,
+            peers=tuple(sorted(links)),
+            most_of_a_rank=message.most_links,
             slot_bytes=message.slot_bytes,
         )
         self._links = RECEIVERS[message.transport].connect(links_here, message.server_rank, deadline)
@@ -125,9 +127,10 @@ class Session:
 
 
 def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
-    """Return the parameters of this rank (name → shape and dtype) and the kind of its device."""
+    """Return the parameters of this rank (name → shape and dtype), and kind and compute capability of its device."""
     return {
         "device": device.device_kind(),
+        "capability": device.compute_capability(),
         "parameters": {n: [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in params.items()},
     }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import MeshRank, wait_for_all
 from megatron_dypo.refit.answers import ServerError
 from megatron_dypo.refit.control import SGLangControl
@@ -59,6 +60,7 @@ class Refitter:
         run_dir: Path,
         hf_reference: Path,
         watch: Watch | None = None,
+        values: Callable[[Tensor], Tensor] = Tensor.detach,
     ) -> None:
         """Collective over the world. It makes no call to a server yet.
 
@@ -67,9 +69,10 @@ class Refitter:
             run_dir: ``refit.transport: disk`` writes below ``run_dir/refit``, which the servers must be able to read
                 under the same path.
             hf_reference: HF folder with the config that the servers serve.
+            values: returns a parameter, or a dequantised copy of one in FP8.
             watch: knows which servers died. Only the global leader asks it.
         """
-        self._source = Source(layout=layout, arch=arch, named_params=named_params)
+        self._source = Source(layout=layout, arch=arch, named_params=named_params, values=values)
         self._config = config
         self._in_session = config.transport != "disk"
         self._folder, self._hf_reference = run_dir / "refit", hf_reference
@@ -152,6 +155,8 @@ class Refitter:
             check_model(self._source, self._lockstep, self._leader, deadline)
             self._is_verified = True
         refit.paused_at = min(refit.paused_at, time.monotonic())
+        if self._config.offload_servers:
+            device.empty_cache()  # the servers are about to allocate it
         self._leader.run(self._memory.resume, deadline)
         self._leader.run(begin_update, self._config.in_flight, self._in_session, deadline)
         self._is_dirty = True

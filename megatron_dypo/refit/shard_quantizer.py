@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from megatron_dypo.models.quantized.blocks import block_amax, quantize_slice, sc
 from megatron_dypo.models.quantized.names import Quantization, block_shape, is_quantized, scale_shape, weight_name
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.refit.plan.refit_plan import Transfer
-from megatron_dypo.refit.slices import rectangle
+from megatron_dypo.refit.slices import ShardValues, rectangle
 
 
 class ShardQuantizer:
@@ -36,10 +36,11 @@ class ShardQuantizer:
         arch: Architecture,
         layout: MeshRank,
         quantization: Quantization,
+        values: Callable[[Tensor], Tensor] = Tensor.detach,
     ) -> None:
-        named = [(match(name, arch), param.detach()) for name, param in named_params]
+        named = [(match(name, arch), param) for name, param in named_params]
         self._arch, self._quantization = arch, quantization
-        self._params = {row.mcore: param for row, param in named}
+        self._params = ShardValues(((row.mcore, param) for row, param in named), arch, values)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._amax: dict[str, Tensor] = {}
         dense, experts = ([row for row, _ in named if row.is_expert is kind] for kind in (False, True))
@@ -81,8 +82,7 @@ class ShardQuantizer:
         }
         grids = {name: scale_shape(self._quantization, shape) for name, shape in shapes.items()}
         sizes = [num_rows * num_cols for num_rows, num_cols in grids.values()]
-        device = next(iter(self._params.values())).device
-        buffer = torch.zeros(sum(sizes), device=device)
+        buffer = torch.zeros(sum(sizes), device=self._params.device)
         views = zip(grids.items(), buffer.split(sizes), strict=True)
         self._amax |= {name: view.view(grid) for (name, grid), view in views}
         self._shapes |= shapes

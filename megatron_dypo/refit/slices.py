@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture
@@ -20,11 +22,44 @@ class SliceSource(Protocol):
         ...
 
 
+class ShardValues:
+    """The values of this rank's parameters by name. Those of parameters in FP8 are computed when they are asked for."""
+
+    def __init__(
+        self, named_params: Iterable[tuple[str, Tensor]], arch: Architecture, values: Callable[[Tensor], Tensor]
+    ) -> None:
+        """``values`` returns a parameter, or a dequantised copy."""
+        self._params = {match(name, arch).mcore: param.detach() for name, param in named_params}
+        self._values = values
+        # A copy for each thread: a link asks for several slices of a parameter in a row, on a stream of its own.
+        self._last = threading.local()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if getattr(self._last, "name", None) != name:
+            self._last.name = None  # should the computation fail
+            self._last.value = None  # freed before the next copy is made
+            self._last.value = self._values(self._params[name])
+            self._last.name = name
+        value: Tensor = self._last.value
+        return value
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the parameters."""
+        return next(iter(self._params.values())).device
+
+
 class ShardSlices:
     """Slices of this rank's parameters without quantisation."""
 
-    def __init__(self, named_params: Iterable[tuple[str, Tensor]], arch: Architecture) -> None:
-        self._params = {match(name, arch).mcore: param.detach() for name, param in named_params}
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, Tensor]],
+        arch: Architecture,
+        values: Callable[[Tensor], Tensor] = Tensor.detach,
+    ) -> None:
+        """See :class:`ShardValues`."""
+        self._params = ShardValues(named_params, arch, values)
 
     def slice(self, transfer: Transfer) -> Tensor:
         """Return a view of the parameter."""

@@ -26,6 +26,8 @@ class Source:
     arch: Architecture
     named_params: Callable[[], Iterable[tuple[str, Tensor]]]
     """Yields this rank's shards under Megatron-Core names with global layer indices."""
+    values: Callable[[Tensor], Tensor] = Tensor.detach
+    """Returns a parameter, or a dequantised copy of one in FP8."""
 
     @property
     def turns(self) -> list[Turn]:
@@ -64,7 +66,7 @@ class Source:
 
         Collective over the ranks that join the turn (None: over all senders of a stage). All must exhaust the iterator.
         """
-        return iter_hf_tensors(self.params(turn), self.arch, self.layout)
+        return iter_hf_tensors(self.params(turn), self.arch, self.layout, self.values)
 
     def specs(self) -> list[TensorSpec]:
         """List the tensors that :meth:`tensors` yields here."""

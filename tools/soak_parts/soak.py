@@ -135,10 +135,9 @@ class Soak:
                 return
             kind = self._rng.choice(list(FAULTS))
             step, moment = self._step(), time.time()
-            try:
+            words = None
+            with contextlib.suppress(psutil.Error):  # a process ended meanwhile: another fault follows
                 words = FAULTS[kind].do(find_processes(command), self._rng, stop)
-            except psutil.NoSuchProcess:
-                return
             if words is not None:
                 self._note(kind, words, moment, step)
                 if FAULTS[kind].outcome != "goes on":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
-from megatron_dypo.mcore.fp8 import named_values
-from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.fp8 import values
+from megatron_dypo.parallel.device import compute_capability, device_kind, num_gpus, on_gpu
 from megatron_dypo.processes.stalls import warn
+from megatron_dypo.refit.quantized_servers import refusal
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
@@ -33,12 +37,20 @@ log = logging.getLogger("megatron_dypo")
 
 
 def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
-    """Start or reach the servers in a thread. Closing ``stack`` stops them."""
+    """Start or reach the servers in a thread. Closing ``stack`` stops them.
+
+    Raises:
+        ValueError: this node's GPUs are too few, or its servers could not be refitted.
+    """
+    quantize = config.refit.quantize
+    if problem := refusal(quantize, device_kind(), compute_capability()):
+        raise ValueError(f"refit.quantize={quantize}: {problem}")
+    servers = dataclasses.replace(config.rollout.servers, base_gpu=first_gpu(config))
     executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
     log.info("starting or reaching SGLang servers")
     future = executor.submit(
         start_servers,
-        config.rollout.servers,
+        servers,
         Path(config.model.hf_path),
         config.model.dtype,
         Path(config.run.dir) / "logs",
@@ -48,6 +60,24 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
     return future
+
+
+def first_gpu(config: Config) -> int:
+    """Return the first GPU of the servers that a run starts on this node.
+
+    Raises:
+        ValueError: the node has fewer GPUs than ranks and servers need.
+    """
+    servers = config.rollout.servers
+    ranks = 0 if config.refit.offload_servers else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = ranks if servers.base_gpu is None else servers.base_gpu
+    last, seen = first + servers.per_node * servers.tensor_parallel, num_gpus()
+    if not servers.urls and on_gpu() and last > seen:
+        raise ValueError(
+            f"rollout.servers: per_node={servers.per_node}, tensor_parallel={servers.tensor_parallel} and base_gpu="
+            f"{first} need {last} GPUs, this node has {seen}; set base_gpu=0 for servers that share the ranks' GPUs"
+        )
+    return first
 
 
 def connect(
@@ -70,13 +100,14 @@ def connect(
     refitter = Refitter(
         policy.layout,
         policy.arch,
-        lambda: named_values(policy.chunks),
+        lambda: named_global_parameters(policy.chunks),
         urls=urls,
         api_key=api_key,
         config=config.refit,
         run_dir=base.run_dir,
         hf_reference=Path(config.model.hf_path),
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
+        values=values,
     )
     base.stack.enter_context(contextlib.closing(refitter))
     if pool is not None and config.run.watchdog_s:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_dypo.mcore.compat.private_name import PrivateName
 from megatron_dypo.parallel import device
+from megatron_dypo.parallel.environment import NO_WATCHDOG
 
 NEW_GROUP = PrivateName(
     package="torch",
@@ -37,27 +41,55 @@ def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeou
     Raises:
         RuntimeError: a rank did not join within ``timeout``, or torch lacks the private names.
     """
-    group, _ = NEW_GROUP.get()(
-        size,
-        0,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=name,
-        backend_options=None,
-        timeout=timeout,
-    )
+    with errors_do_not_end_the_process():
+        group, _ = NEW_GROUP.get()(
+            size,
+            0,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(name, store),
+            group_name=name,
+            backend_options=None,
+            timeout=timeout,
+        )
     WORLD.get().pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group
 
 
-def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, *, ctas: int) -> Any:
     """Make a group outside the default one and its registries. Dropping the last reference closes it.
 
-    Like ``torch.distributed.ProcessGroup``, the group has ``send`` and ``recv`` of lists of tensors.
+    Like ``torch.distributed.ProcessGroup``, the group has ``send`` and ``recv`` of lists of tensors. On a GPU, wait for
+    them by :func:`megatron_dypo.parallel.device.finish`.
+
+    Args:
+        ctas: most thread blocks of a GPU that one message occupies; at least one.
     """
     if device.on_gpu():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout  # pytorch/pytorch v2.13.0 torch/csrc/distributed/c10d/init.cpp: no public name
-        return dist.ProcessGroupNCCL(store, rank, size, options)
+        options.config.max_ctas = max(1, ctas)
+        with errors_do_not_end_the_process():
+            return dist.ProcessGroupNCCL(store, rank, size, options)
     return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+
+def abort(group: Any) -> None:
+    """End the operations of a group that are under way, if it is one of NCCL's, whose kernels would wait for ever."""
+    if group is not None and device.on_gpu():
+        group.abort()
+
+
+@contextlib.contextmanager
+def errors_do_not_end_the_process() -> Iterator[None]:
+    """Make groups inside the block of which the loss of a rank is an error of its operations, and nothing more."""
+    before = {name: os.environ.get(name) for name in NO_WATCHDOG}
+    os.environ.update(NO_WATCHDOG)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from megatron_dypo.mcore.compat.private_name import PrivateName
+from megatron_dypo.parallel.environment import ALLOCATOR, EXPANDABLE
 
 SHARE_STORAGE = PrivateName(
     package="torch",
@@ -25,6 +29,34 @@ OPEN_STORAGE = PrivateName(
     oldest="2.0",
 )
 """Opens what ``_share_cuda_`` returned."""
+
+SET_ALLOCATOR = PrivateName(
+    package="torch",
+    module="torch.cuda.memory",
+    name="_set_allocator_settings",
+    source="pytorch/pytorch v2.13.0 torch/cuda/memory.py",
+    oldest="2.2",
+)
+"""Changes settings of the allocator of PYTORCH_CUDA_ALLOC_CONF while the process runs."""
+
+
+@contextlib.contextmanager
+def shareable_memory() -> Iterator[object]:
+    """Allocate GPU memory inside the block so that :func:`share_storage` can share it.
+
+    The handle of a segment that grows (``expandable_segments:True``) needs the right to trace this process, which Linux
+    refuses by default. Keep the yielded object as long as the memory.
+    """
+    pool = torch.cuda.MemPool()
+    grow = any(f"{EXPANDABLE}:True" in os.environ.get(name, "").replace(" ", "") for name in ALLOCATOR)
+    if grow:
+        SET_ALLOCATOR.get()(f"{EXPANDABLE}:False")
+    try:
+        with torch.cuda.use_mem_pool(pool):
+            yield pool
+    finally:
+        if grow:
+            SET_ALLOCATOR.get()(f"{EXPANDABLE}:True")
 
 
 def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ depends only on sizes. So every rank of both sides computes its own part of it, 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -139,6 +139,13 @@ class RefitPlan:
                     for server_rank, num_bytes in self._streams.bytes_to(shard, rank, server):
                         links[rank, server, server_rank] += num_bytes
         return {link: num_bytes for link, num_bytes in links.items() if num_bytes}
+
+    def most_links(self) -> int:
+        """Return the number of links of the rank, of trainer and servers, that has the most; 0 without links."""
+        ends: Counter[tuple[int, ...]] = Counter()
+        for source, server, server_rank in self.link_bytes():
+            ends.update([(source,), (server, server_rank)])
+        return max(ends.values(), default=0)
 
     def bytes_of(self, transfer: Transfer) -> int:
         """Return the bytes of a transfer."""

@@ -69,6 +69,10 @@ class ServerLinks:
     sources: tuple[int, ...]
     """The trainer ranks that send to the server, ascending."""
     num_server_ranks: int
+    peers: tuple[int, ...]
+    """The ranks at the other end to which this rank has a link, ascending: server ranks, or trainer ranks."""
+    most_of_a_rank: int
+    """Number of links of the rank, of trainer and all servers, that has the most."""
     slot_bytes: int
     """Size of one staging buffer, and so the largest size of a message."""
 

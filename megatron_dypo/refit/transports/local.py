@@ -140,7 +140,7 @@ class LocalOutgoing(Outgoing):
         slot = self.stage(payload.numel())
         if slot.data_ptr() != payload.data_ptr():
             slot.copy_(payload)
-        device.synchronize()  # the other process has its own streams
+        device.synchronize_stream()  # the other process has its own streams
         self._channel.send_byte(_FULL, self._deadline)
         self._num_posted += 1
 
@@ -173,7 +173,7 @@ class LocalIncoming(Incoming):
         return slot if into is None else into.copy_(slot)
 
     def release(self) -> None:
-        device.synchronize()
+        device.synchronize_stream()
         self._channel.send_byte(_FREE, self._deadline)
 
 

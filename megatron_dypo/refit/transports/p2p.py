@@ -3,6 +3,10 @@
 The groups are separate from torch's default group, with their own store, and carry only these messages. Every server
 has its own group, so that the loss of one server causes no error on the links to another. Ranks in a group: the trainer
 ranks in ascending order, then the server's ranks.
+
+NCCL makes a communicator for two ranks at their first message, and waits for kernels that run meanwhile. So ranks greet
+each other when they connect: one thread, one pair after the other, every rank in the order of its peers' numbers. The
+pair of the lowest numbers that is left can always go on.
 """
 
 from __future__ import annotations
@@ -10,17 +14,21 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.mcore.compat.groups import separate_group
+from megatron_dypo.mcore.compat.groups import abort, separate_group
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
+
+_CTAS = 64
+"""Thread blocks (CTAs) of a GPU that wait for messages at once, over all links of a rank. A GPU runs about 130. If each
+link took NCCL's default, those of a few links would fill it, and the kernels that they wait for could not start."""
 
 
 class GroupSender(Sender):
@@ -33,7 +41,10 @@ class GroupSender(Sender):
 
     @classmethod
     def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> GroupSender:
-        return cls(_join(links, links.sources.index(rank), deadline), links)
+        group = _join(links, links.sources.index(rank), deadline)
+        for server_rank in links.peers:
+            _exchange(group.send, len(links.sources) + server_rank, deadline)
+        return cls(group, links)
 
     def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
         peer = len(self._links.sources) + server_rank
@@ -41,6 +52,7 @@ class GroupSender(Sender):
         return self._ends[server_rank]
 
     def close(self) -> None:
+        abort(self._group)
         self._group = None  # the sockets close with the last reference
         for end in self._ends.values():
             end.abandon()
@@ -56,7 +68,10 @@ class GroupReceiver(Receiver):
 
     @classmethod
     def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> GroupReceiver:
-        return cls(_join(links, len(links.sources) + server_rank, deadline), links)
+        group = _join(links, len(links.sources) + server_rank, deadline)
+        for source in links.peers:
+            _exchange(group.recv, links.sources.index(source), deadline)
+        return cls(group, links)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
         peer = self._links.sources.index(source)
@@ -64,6 +79,7 @@ class GroupReceiver(Receiver):
         return self._ends[source]
 
     def close(self) -> None:
+        abort(self._group)
         self._group = None
         for end in self._ends.values():
             end.abandon()
@@ -71,8 +87,15 @@ class GroupReceiver(Receiver):
 
 def _join(links: ServerLinks, rank: int, deadline: Deadline) -> Any:
     store = dist.PrefixStore(f"server-{links.server}", links.store)
+    size = len(links.sources) + links.num_server_ranks
     with _as_link_errors():
-        return separate_group(store, rank, len(links.sources) + links.num_server_ranks, _timeout(deadline))
+        return separate_group(store, rank, size, _timeout(deadline), ctas=_CTAS // links.most_of_a_rank)
+
+
+def _exchange(send_or_receive: Callable[[list[Tensor], int, int], Any], peer: int, deadline: Deadline) -> None:
+    greeting = torch.zeros(1, dtype=torch.uint8, device=device.device())
+    with _as_link_errors():
+        device.finish(send_or_receive([greeting], peer, 0), deadline.remaining())
 
 
 class GroupOutgoing(Outgoing):
@@ -104,7 +127,7 @@ class GroupOutgoing(Outgoing):
 
     def drain(self) -> None:
         self._wait_below(1)
-        device.synchronize()
+        device.synchronize_stream()
 
     def abandon(self) -> None:
         """Drop the group and the work under way, which both hold its sockets open."""
@@ -115,7 +138,7 @@ class GroupOutgoing(Outgoing):
         while len(self._pending) >= limit:
             work, _ = self._pending.popleft()
             with _as_link_errors():
-                work.wait(_timeout(self._deadline))
+                device.finish(work, self._deadline.remaining())
 
 
 class GroupIncoming(Incoming):
@@ -146,7 +169,7 @@ class GroupIncoming(Incoming):
     def take(self) -> Tensor:
         work, buffer, self._taken = self._pending.popleft()
         with _as_link_errors():
-            work.wait(_timeout(self._deadline))
+            device.finish(work, self._deadline.remaining())
         return buffer
 
     def abandon(self) -> None:
@@ -155,6 +178,7 @@ class GroupIncoming(Incoming):
         self._pending.clear()
 
     def release(self) -> None:
+        device.synchronize_stream()  # the buffer may be received into again, on another stream
         if self._taken is not None:
             self._free.append(self._taken)
             self._taken = None

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import functools
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -21,7 +20,6 @@ from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.lockstep import Lockstep
-from megatron_dypo.refit.plan.refit_plan import RefitPlan
 from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 from megatron_dypo.refit.slices import ShardSlices, SliceSource
 from megatron_dypo.refit.source import Source
@@ -108,6 +106,7 @@ def _meet(
         element_size=next(iter(source.named_params()))[1].element_size(),
     )
     plan = inputs.make_plan()
+    most_links = plan.most_links()
     host = address_towards(control.urls)
     timeout = datetime.timedelta(seconds=deadline.seconds)
     served = ServedStore(host, timeout)
@@ -120,7 +119,8 @@ def _meet(
         store_port=served.address.port,
         store_key=served.address.key,
         connection=uuid.uuid4().hex,
-        slot_bytes=slot_bytes(plan, config.bucket_mib * 2**20),
+        slot_bytes=slot_bytes(most_links, config.bucket_mib * 2**20),
+        most_links=most_links,
         refit=0,
         version=0,
         verify=config.verify,
@@ -140,6 +140,7 @@ def _prepare(source: Source, offer: Offer, config: RefitConfig, deadline: Deadli
         store,
         offer.urls,
         message.slot_bytes,
+        message.most_links,
         make_slices=functools.partial(_slices, source, config.quantize),
         verify=message.verify,
     )
@@ -151,15 +152,15 @@ def _slices(source: Source, quantization: Quantization) -> SliceSource:
     Collective over the tensor-parallel groups if weights are quantised.
     """
     if quantization == "none":
-        return ShardSlices(source.named_params(), source.arch)
-    return ShardQuantizer(source.named_params(), source.arch, source.layout, quantization)
+        return ShardSlices(source.named_params(), source.arch, source.values)
+    return ShardQuantizer(source.named_params(), source.arch, source.layout, quantization, source.values)
 
 
-def slot_bytes(plan: RefitPlan, bucket_bytes: int) -> int:
-    """Return the size of one staging buffer, such that the buffers of all links of any rank fit in ``bucket_bytes``."""
-    links: Counter[tuple[str, int, int]] = Counter()
-    for source, server, server_rank in plan.link_bytes():
-        links["trainer", source, 0] += 1
-        links["server", server, server_rank] += 1
-    share = bucket_bytes // (DEPTH * max(links.values()))
+def slot_bytes(most_links: int, bucket_bytes: int) -> int:
+    """Return the size of one staging buffer, such that those of all links of any rank fit in ``bucket_bytes``.
+
+    Args:
+        most_links: see :meth:`RefitPlan.most_links`.
+    """
+    share = bucket_bytes // (DEPTH * most_links)
     return min(max(share, _SMALLEST_SLOT), _LARGEST_SLOT) // 4096 * 4096

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dypo.mcore.compat.storages import open_storage, share_storage
+from megatron_dypo.mcore.compat.storages import open_storage, share_storage, shareable_memory
 from megatron_dypo.parallel import device
 
 
 class Ring:
     """[slots, bytes] uint8 shared by two processes. It does not control which of them may use which slot."""
 
-    def __init__(self, slots: Tensor, offer: str, fd: int | None) -> None:
+    def __init__(self, slots: Tensor, offer: str, fd: int | None, *, owner: object = None) -> None:
         self.slots = slots
+        self._owner = owner  # of the memory; it must live as long
         self.offer = offer
         """JSON with which, and with ``fd``, the other process finds the memory."""
         self.fd = fd
@@ -39,8 +40,10 @@ class Ring:
 def make_ring(num_slots: int, slot_bytes: int) -> Ring:
     """Make a ring on this rank's device."""
     if device.on_gpu():
-        slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8, device=device.device())
-        return Ring(slots, json.dumps({"handle": _encoded(share_storage(slots.untyped_storage()))}), None)
+        with shareable_memory() as owner:
+            slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8, device=device.device())
+        offer = json.dumps({"handle": _encoded(share_storage(slots.untyped_storage()))})
+        return Ring(slots, offer, None, owner=owner)
     fd = os.memfd_create("megatron-dypo-refit")
     os.ftruncate(fd, num_slots * slot_bytes)
     offer = json.dumps({"shape": [num_slots, slot_bytes]})

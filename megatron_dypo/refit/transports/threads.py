@@ -14,16 +14,17 @@ from megatron_dypo.parallel import device
 def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]:
     """Run the actions concurrently under ``inference_mode``, on this thread's GPU, until all have ended.
 
+    Each has a stream of its own, which begins after this thread's work so far. Each must end with its stream's work
+    done.
+
     Return, for each action, the exception that it raised, or None. If its thread cannot start, that is the exception.
     """
     errors: list[BaseException | None] = [None] * len(actions)  # the variables of their frames are dropped
-    gpu = torch.accelerator.current_device_index() if device.on_gpu() else None
+    lanes = [device.Lane() for _ in actions]
 
     def run(index: int) -> None:
         try:
-            if gpu is not None:
-                torch.accelerator.set_device_index(gpu)  # a new thread starts on the first GPU
-            with torch.inference_mode():
+            with lanes[index].entered(), torch.inference_mode():
                 actions[index]()
         except BaseException as error:  # noqa: BLE001, raised or reported by the caller, who knows whose link it was
             drop_frames(error)

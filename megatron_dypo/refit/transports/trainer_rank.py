@@ -14,6 +14,7 @@ from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.control_message import inventory_key
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer
+from megatron_dypo.refit.quantized_servers import refusal
 from megatron_dypo.refit.slices import SliceSource
 from megatron_dypo.refit.transports.link_sender import LinkSender
 from megatron_dypo.refit.transports.links import LinkError, Sender, ServerLinks
@@ -40,6 +41,7 @@ class TrainerRank:
         store: dist.Store,
         urls: Sequence[str],
         slot_bytes: int,
+        most_links: int,
         *,
         make_slices: Callable[[], SliceSource],
         verify: Verify,
@@ -56,6 +58,7 @@ class TrainerRank:
         self._store = store
         self._urls = urls
         self._slot_bytes = slot_bytes
+        self._most_links = most_links
         self._make_slices = make_slices
         self._verify = verify
         self._dtypes: dict[Link, Mapping[str, torch.dtype]] = {}
@@ -82,6 +85,8 @@ class TrainerRank:
                 server=server,
                 sources=self._plan.sources_of(server),
                 num_server_ranks=self._plan.servers[server].tensor,
+                peers=tuple(sorted(rank for of, rank in self._messages if of == server)),
+                most_of_a_rank=self._most_links,
                 slot_bytes=self._slot_bytes,
             )
             try:
@@ -145,4 +150,6 @@ class TrainerRank:
         url, kind = self._urls[link[0]], inventory["device"]
         if kind != device.device_kind():
             raise ServerError(f"{url}: serves on device={kind!r}, the trainer is on {device.device_kind()!r}", url)
+        if problem := refusal(self._plan.encoding.quantization, kind, inventory["capability"]):
+            raise ServerError(f"{url}: refit.quantize={self._plan.encoding.quantization}: {problem}", url)
         return {name: getattr(torch, dtype) for name, (_, dtype) in inventory["parameters"].items()}

@@ -12,11 +12,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_dypo.mcore.compat.groups import join_as_rank_0
+from megatron_dypo.mcore.compat.groups import abort, join_as_rank_0
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.stores import OpenStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
@@ -80,8 +78,8 @@ class UpdateGroup:
         loaded = self._control.start_update(body, deadline)
         try:
             work = dist.broadcast(bucket.payload, src=0, group=self._group, async_op=True)
-            _await(_in_daemon_thread(functools.partial(_finish, work, bucket.payload)), loaded, deadline)
-        except RuntimeError as error:
+            _await(_in_daemon_thread(functools.partial(device.finish, work, deadline.remaining())), loaded, deadline)
+        except (RuntimeError, TimeoutError) as error:
             if isinstance(error, ServerError):
                 raise
             # The connection broke. The HTTP call tells which server is at fault.
@@ -94,11 +92,15 @@ class UpdateGroup:
 
         A running broadcast delays the closing until it times out, so a thread does it.
         """
-        _in_daemon_thread(functools.partial(dist.destroy_process_group, self._group))
+        _in_daemon_thread(self._end)
 
     def leave(self) -> None:
         """Tell the servers, then close the group."""
         self._control.attempt([("/destroy_weights_update_group", {"group_name": self._name})], timeout_s=10.0)
+        dist.destroy_process_group(self._group)
+
+    def _end(self) -> None:
+        abort(self._group)
         dist.destroy_process_group(self._group)
 
 
@@ -127,10 +129,11 @@ def _in_daemon_thread(action: Callable[[], T]) -> Future[T]:
     """Run a call that cannot be interrupted in a daemon thread, so that neither the caller nor the end of the process
     must wait for it."""
     future: Future[T] = Future()
+    here = device.on_this_gpu(action)
 
     def run() -> None:
         try:
-            future.set_result(action())
+            future.set_result(here())
         except BaseException as error:  # noqa: BLE001, raised by whoever waits for the result
             future.set_exception(error)
 
@@ -152,10 +155,3 @@ def _await(made: Future[T], answers: Future[Any], deadline: Deadline) -> T:
     while not made.done():
         wait([made], timeout=deadline.remaining())
     return made.result()
-
-
-def _finish(work: dist.Work, payload: Tensor) -> None:
-    """Wait until a broadcast has ended, also on the GPU."""
-    work.wait()
-    if device.on_gpu():
-        torch.accelerator.synchronize(payload.device)

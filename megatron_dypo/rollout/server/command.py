@@ -12,6 +12,7 @@ from pathlib import Path
 
 import megatron_dypo
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.parallel.environment import NO_WATCHDOG, without_expandable_segments
 from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 from megatron_dypo.rollout.proxies import direct_hosts
 
@@ -101,7 +102,7 @@ def server_command(
         command += ["--sleep-on-idle", "--skip-server-warmup"]
         max_total_tokens = max_total_tokens or _CPU_MAX_TOTAL_TOKENS
     else:
-        command += ["--base-gpu-id", str(cfg.base_gpu + index * cfg.tensor_parallel)]
+        command += ["--base-gpu-id", str((cfg.base_gpu or 0) + index * cfg.tensor_parallel)]
     if max_total_tokens is not None:
         command += ["--max-total-tokens", str(max_total_tokens)]
     if cfg.mem_fraction is not None:
@@ -154,6 +155,10 @@ def server_environment(
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # else /health generates a token, which takes a second
     env.setdefault("SGLANG_REQUEST_STATE_WAIT_TIMEOUT", "1")  # seconds until a closed connection aborts its request
     env.setdefault("HF_HUB_OFFLINE", "1")
+    without_expandable_segments(env)
+    if device != "cpu":
+        for name, value in NO_WATCHDOG.items():
+            env.setdefault(name, value)  # a trainer that is lost, or ends a refit, must not end its servers
     if device == "cpu":
         env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -121,7 +121,7 @@ def test_the_group_that_is_made_broadcasts_from_rank_0() -> None:
 
 
 def test_a_separate_group_stands_outside_the_registries() -> None:
-    group = separate_group(dist.HashStore(), 0, 1, datetime.timedelta(seconds=20))
+    group = separate_group(dist.HashStore(), 0, 1, datetime.timedelta(seconds=20), ctas=1)
     assert group not in WORLD.get().pg_group_ranks
     assert callable(group.send)
     assert callable(group.recv)

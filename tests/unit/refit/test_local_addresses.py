@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver, LocalSender
+from tests.support.refit_links import links_of
 
 
 def test_a_source_and_a_server_rank_meet_below_a_temporary_folder_of_a_long_name(tmp_path, monkeypatch):
@@ -15,10 +15,10 @@ def test_a_source_and_a_server_rank_meet_below_a_temporary_folder_of_a_long_name
     long = tmp_path / ("x" * 120)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    links = ServerLinks(store=dist.HashStore(), server=0, sources=(3,), num_server_ranks=1, slot_bytes=64)
+    store = dist.HashStore()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(LocalSender.connect, links, 3, Deadline(20))
-        receiver = LocalReceiver.connect(links, 0, Deadline(20))
+        coming = pool.submit(LocalSender.connect, links_of(store, peers=(0,)), 3, Deadline(20))
+        receiver = LocalReceiver.connect(links_of(store, peers=(3,)), 0, Deadline(20))
         sender = coming.result()
     incoming, outgoing = receiver.incoming(3, Deadline(20)), sender.outgoing(0, Deadline(20))
     incoming.expect(8, None)

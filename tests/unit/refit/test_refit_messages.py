@@ -84,6 +84,7 @@ def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_pla
         store_port=1,
         connection="c",
         slot_bytes=4096,
+        most_links=1,
         refit=3,
         version=7,
         verify="full",
