@@ -22,7 +22,7 @@ from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.fp8 import values
-from megatron_dypo.parallel.device import compute_capability, device_kind, num_gpus, on_gpu
+from megatron_dypo.parallel import device
 from megatron_dypo.processes.stalls import warn
 from megatron_dypo.refit.quantized_servers import refusal
 from megatron_dypo.refit.refitter import Refitter
@@ -43,7 +43,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
         ValueError: this node's GPUs are too few, or its servers could not be refitted.
     """
     quantize = config.refit.quantize
-    if problem := refusal(quantize, device_kind(), compute_capability()):
+    if problem := refusal(quantize, device.device_kind(), device.compute_capability()):
         raise ValueError(f"refit.quantize={quantize}: {problem}")
     servers = dataclasses.replace(config.rollout.servers, base_gpu=first_gpu(config))
     executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
@@ -55,7 +55,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
         config.model.dtype,
         Path(config.run.dir) / "logs",
         seed=config.run.seed,
-        device=device_kind(),
+        device=device.device_kind(),
         temperature=config.rollout.temperature,
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
@@ -71,8 +71,8 @@ def first_gpu(config: Config) -> int:
     servers = config.rollout.servers
     ranks = 0 if config.refit.offload_servers else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     first = ranks if servers.base_gpu is None else servers.base_gpu
-    last, seen = first + servers.per_node * servers.tensor_parallel, num_gpus()
-    if not servers.urls and on_gpu() and last > seen:
+    last, seen = first + servers.per_node * servers.tensor_parallel, device.num_gpus()
+    if not servers.urls and device.on_gpu() and last > seen:
         raise ValueError(
             f"rollout.servers: per_node={servers.per_node}, tensor_parallel={servers.tensor_parallel} and base_gpu="
             f"{first} need {last} GPUs, this node has {seen}; set base_gpu=0 for servers that share the ranks' GPUs"

@@ -117,6 +117,21 @@ def test_a_server_whose_processes_cannot_meet_in_one_file_keeps_sglangs_store(fl
     assert store_environment([*command("gpu"), *flags], Path("/private")) == {}
 
 
+def test_a_server_on_a_gpu_does_not_get_the_trainers_growing_segments_which_its_memory_saver_refuses() -> None:
+    growing = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True",
+    }
+    env = server_environment(growing, 1, "gpu", [0], PACKAGE, host="127.0.0.1")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in env
+    assert env["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
+def test_a_trainer_that_is_lost_does_not_end_its_servers_through_the_watchdog_of_their_groups() -> None:
+    env = server_environment({}, 1, "gpu", [0], PACKAGE, host="127.0.0.1")
+    assert (env["TORCH_NCCL_ASYNC_ERROR_HANDLING"], env["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
+
+
 def test_log_probs_are_untempered_whatever_the_trainers_environment_says() -> None:
     env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0], PACKAGE, host="127.0.0.1")
     assert env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
