@@ -15,7 +15,9 @@ from megatron_dypo.parallel import device
 class ReferencePolicy:
     """A second set of weights without a second model.
 
-    It costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size.
+    It costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size, on
+    the GPU. There the copy is pinned, and both directions of an exchange are queued on one stream: no parameter waits
+    for the CPU.
     Weights are copied in place, so that the buffers of DDP and of the distributed optimizer stay valid, and are
     restored bit for bit.
 
@@ -44,7 +46,8 @@ class ReferencePolicy:
         """Make the current policy the reference."""
         assert not self._is_in, "the reference itself is in the model"
         for stored, parameter in zip(self._stored, self._parameters, strict=True):
-            stored.copy_(values(parameter))
+            stored.copy_(values(parameter), non_blocking=True)
+        device.synchronize_stream()
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -59,11 +62,13 @@ class ReferencePolicy:
             for index in range(len(self._parameters)):
                 self._exchange(index)
                 exchanged += 1
+            device.synchronize_stream()
             forget_quantized_weights(self._chunks)
             yield
         finally:
             for index in range(exchanged):
                 self._exchange(index)
+            device.synchronize_stream()
             if self._rewrite is not None:
                 self._rewrite()
             forget_quantized_weights(self._chunks)
@@ -72,6 +77,6 @@ class ReferencePolicy:
     @torch.no_grad()
     def _exchange(self, index: int) -> None:
         stored, parameter = self._stored[index], self._parameters[index]
-        policy = values(parameter).to("cpu", copy=True)
-        parameter.copy_(stored)
-        stored.copy_(policy)
+        policy = values(parameter).clone()
+        parameter.copy_(stored, non_blocking=True)
+        stored.copy_(policy, non_blocking=True)

@@ -103,6 +103,7 @@ class RecordingCuda:
                 if place is not None and torch.device(place).type == "cuda":
                     cuda.note("allocate", gpu=torch.device(place).index)
                     kwargs["device"] = "cpu"
+                kwargs.pop("pin_memory", None)
                 return make(*args, **kwargs)
 
             return on_cpu
@@ -110,7 +111,7 @@ class RecordingCuda:
         copy = torch.Tensor.copy_
 
         def copied(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            cuda.note("copy")
+            cuda.note("copy that the CPU does not wait for" if kwargs.get("non_blocking") else "copy")
             return copy(tensor, *args, **kwargs)
 
         patch.setattr(device, "device_kind", lambda: "cuda")

@@ -136,7 +136,7 @@ class Soak:
             kind = self._rng.choice(list(FAULTS))
             step, moment = self._step(), time.time()
             words = None
-            with contextlib.suppress(psutil.Error):  # a process ended meanwhile: another fault follows
+            with contextlib.suppress(psutil.Error):  # a process has just ended: another fault follows
                 words = FAULTS[kind].do(find_processes(command), self._rng, stop)
             if words is not None:
                 self._note(kind, words, moment, step)

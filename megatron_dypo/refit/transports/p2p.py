@@ -4,7 +4,7 @@ The groups are separate from torch's default group, with their own store, and ca
 has its own group, so that the loss of one server causes no error on the links to another. Ranks in a group: the trainer
 ranks in ascending order, then the server's ranks.
 
-NCCL makes a communicator for two ranks at their first message, and waits for kernels that run meanwhile. So ranks greet
+NCCL makes a communicator for two ranks at their first message, and waits for kernels that run then. So ranks greet
 each other when they connect: one thread, one pair after the other, every rank in the order of its peers' numbers. The
 pair of the lowest numbers that is left can always go on.
 """
