@@ -85,10 +85,11 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
     )
     at = mesh.at(dist.get_rank())
     _check_rank_order(at)
-    replica_group = _cpu_group(mesh.replica_ranks(at.dp_rank), timeout)
-    leaders = [mesh.replica_ranks(dp_rank)[0] for dp_rank in range(mesh.data)]
-    leaders_group = _cpu_group(leaders, timeout) if at.is_replica_leader else None
-    senders_group = _cpu_group(mesh.sender_ranks(), timeout) if at.is_sender else None
+    # new_group is collective over the world: every rank makes every group, in the same order.
+    replicas = [mesh.replica_ranks(dp_rank) for dp_rank in range(mesh.data)]
+    replica_groups = [_cpu_group(ranks, timeout) for ranks in replicas]
+    leaders_group = _cpu_group([ranks[0] for ranks in replicas], timeout)
+    senders_group = _cpu_group(mesh.sender_ranks(), timeout)
     return MeshRank(
         mesh=mesh,
         rank=at.rank,
@@ -97,9 +98,9 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         etp_group=parallel_state.get_expert_tensor_parallel_group() if mesh.expert_tensor > 1 else None,
-        replica_group=replica_group,
-        leaders_group=leaders_group,
-        senders_group=senders_group,
+        replica_group=replica_groups[at.dp_rank],
+        leaders_group=leaders_group if at.is_replica_leader else None,
+        senders_group=senders_group if at.is_sender else None,
     )
 
 
@@ -128,10 +129,7 @@ def close(layout: MeshRank) -> None:
 
 
 def _cpu_group(ranks: Sequence[int], timeout: datetime.timedelta) -> dist.ProcessGroup:
-    """Make a group. Collective over its ranks alone: a rank's work does not grow with the number of replicas."""
-    group: dist.ProcessGroup = dist.new_group(
-        list(ranks), backend="gloo", timeout=timeout, use_local_synchronization=True
-    )
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
     return group
 
 

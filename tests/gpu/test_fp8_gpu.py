@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_dypo.parallel.device import on_gpu
-from tools.gpu_parts.check import compare, compare_tensors, run_part
+from tools.gpu_parts.precisions import compare, compare_tensors
+from tools.gpu_parts.run_part import run_part
 from tools.gpu_parts.synthetic import CheckSizes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not on_gpu(), reason="needs a GPU")]

@@ -1,14 +1,17 @@
-"""Measure time and memory of log-probs from hidden states, forward and backward, in three variants.
+"""Measure time and memory of log-probs from hidden states, forward and backward, in several variants.
 
 ``fused`` is this package's, ``megatron`` is Megatron's fused cross-entropy, and ``eager`` is plain torch. All get the
 same response tokens and one rank's whole vocabulary, and make the gradients of hidden states and weight. ``megatron``
-and ``eager`` make the logits of all tokens. The limit is the time of the matrix products alone: one product of the same
+and ``eager`` make the logits of all tokens. ``liger`` is Liger-Kernel's fused linear cross-entropy, where it is
+installed; it returns only the sum. The limit is the time of the matrix products alone: one product of the same
 shape is timed too.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -62,7 +65,8 @@ def measure_logprobs(sizes: ProjectionSizes, dtype: torch.dtype, group: dist.Pro
 
     inputs = _inputs(sizes, dtype)
     results: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-    for name, function in {"fused": fused, "eager": eager, "megatron": megatron}.items():
+    variants = {"fused": fused, "eager": eager, "megatron": megatron, **_liger()}
+    for name, function in variants.items():
         results[name] = _measure(function, inputs, sizes.rounds)
     hidden_NH, weight_VH, _ = (t.detach() for t in inputs)
     product_s = _seconds(lambda: hidden_NH @ weight_VH.t(), sizes.rounds)
@@ -71,6 +75,15 @@ def measure_logprobs(sizes: ProjectionSizes, dtype: torch.dtype, group: dist.Pro
     # Four products: forward, forward again, and the two gradients.
     results["share_of_product_limit"] = 4 * product_s / results["fused"]["seconds"]
     return results
+
+
+def _liger() -> dict[str, LogProbs]:
+    """Return Liger-Kernel's variant, which returns the sum of all log-probs as [1]; {} without it or without a GPU."""
+    if not device.on_gpu() or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    liger = importlib.import_module("liger_kernel.transformers")
+    loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return {"liger": lambda hidden_NH, weight_VH, targets_N: -loss(weight_VH, hidden_NH, targets_N)[None]}
 
 
 def _inputs(sizes: ProjectionSizes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +102,7 @@ def _measure(function: LogProbs, inputs: tuple[Tensor, Tensor, Tensor], rounds: 
         hidden_NH.grad = weight_VH.grad = None
         logp_N = function(hidden_NH, weight_VH, targets_N)
         logp_N.sum().backward()
-        return float(logp_N.detach().double().mean())
+        return float(logp_N.detach().double().sum()) / len(targets_N)
 
     gc.collect()
     device.reset_peak_memory()

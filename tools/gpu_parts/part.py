@@ -32,6 +32,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": device.device_name(),
         "on_gpu": device.on_gpu(),
+        "num_gpus": device.num_gpus(),
         "compute_capability": device.compute_capability(),
         "memory_bytes": device.memory_bytes(),
         "toolkit": device.toolkit_version(),
@@ -45,6 +46,10 @@ def measure(layout: MeshRank, spec: dict[str, Any]) -> dict[str, Any]:
     if spec["what"] == "logprobs":
         sizes = ProjectionSizes(**spec["sizes"])
         return measure_logprobs(sizes, getattr(torch, spec["dtype"]), layout.tp_group)
+    if spec["what"] == "layout":
+        from tools.gpu_parts.layout_scores import score_layout
+
+        return score_layout(layout, Path(spec["model"]), spec["dtype"], ParallelConfig(**spec["parallel"]))
     from tools.gpu_parts.updates import run_updates
 
     run = run_updates(
@@ -62,10 +67,11 @@ def main() -> None:
     if spec["what"] == "machine":
         print(json.dumps(machine()))
         return
-    layout = start_megatron(ParallelConfig())
+    layout = start_megatron(ParallelConfig(**spec.get("parallel", {})))
     result = measure(layout, spec)
     close(layout)
-    print(json.dumps(result))
+    if layout.rank == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

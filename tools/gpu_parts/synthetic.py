@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.types import Sample, SampleKind, Totals, Treatment
 
 GROUP_SIZE, NUM_CORRECT = 8, 3
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +34,7 @@ from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Floats, Microbatch, Sample, Treatment
-from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
-
-Dtype = Literal["float32", "bfloat16"]
+from tools.gpu_parts.synthetic import CheckSizes, Dtype, architecture, count, make_samples
 
 OBJECTIVE = ObjectiveConfig()
 LEARNING_RATE = 1e-5

@@ -75,7 +75,7 @@ def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.ti
 
 
 def abort(group: Any) -> None:
-    """End the operations of a group that are under way, if it is one of NCCL's, whose kernels would wait indefinitely."""
+    """End the operations of a group of NCCL that are under way: its kernels would wait indefinitely."""
     if group is not None and device.on_gpu():
         group.abort()
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_dypo.types import SampleKind
 from tests.support.tool_commands import run_tool
-from tools.gpu_parts.check import PartError, compare, compare_tensors, find_rates, precisions, run_check
 from tools.gpu_parts.logprob_speed import ProjectionSizes
+from tools.gpu_parts.page import page
+from tools.gpu_parts.plan_of_stages import Plan, plan_stages
+from tools.gpu_parts.precisions import compare, compare_tensors, find_rates, precisions, run_precisions
+from tools.gpu_parts.run_part import PartError
+from tools.gpu_parts.stages import Stage, is_good, run_stages
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
 
 HOPPER = {"device": "NVIDIA H100 80GB HBM3", "on_gpu": True, "fp8_obstacles": {"mxfp8": "…", "blockwise": "…"}}
@@ -22,32 +26,11 @@ def test_without_a_gpu_it_says_so_in_one_line():
     result = run_tool("gpu_check.py")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "gpu_check: no GPU here: torch sees none; --cpu-smoke runs the same code in small\n"
+    assert result.stderr == "gpu_check: no GPU here: torch sees none; --cpu-smoke runs every stage in small\n"
 
 
-@without_gpu
-def test_the_smoke_run_trains_in_two_precisions_that_agree(tmp_path):
-    out = tmp_path / "new" / "smoke.json"
-    done = run_tool("gpu_check.py", "--cpu-smoke", "--out", out)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert list(result["updates"]) == ["float32", "bf16"]
-    assert all(result["verdicts"].values())
-    losses = result["updates"]["float32"]["losses"]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
-    against = result["updates"]["bf16"]["against"]
-    assert against["gradient_cosine"] > 0.999
-    assert 0 < against["score_gap_mean"] < 0.05
-    values = [result["logprobs"][name]["mean_logp"] for name in ("fused", "eager", "megatron")]
-    assert max(values) - min(values) < 1e-5
-    assert {"torch", "megatron-core"} <= set(result["versions"])
-
-
-def part_of_a_hopper(spec):
+def part_of_a_hopper(spec, *, ranks=1):
     """Tensorwise is fast and agrees; delayed fails."""
-    if spec["what"] == "logprobs":
-        raise PartError("out of luck")
     if spec["recipe"] == "delayed":
         raise PartError("RuntimeError: cuBLAS")
     is_fp8 = spec["recipe"] != "none"
@@ -55,25 +38,25 @@ def part_of_a_hopper(spec):
     torch.save(tensors, spec["keep"])
     return {
         "losses": [1.0, 2.0, 2.01 if is_fp8 else 2.0],
-        "step_s": 0.5 if is_fp8 else 1.0,
+        "step_s": {"float32": 4.0, "bfloat16": 0.5 if is_fp8 else 1.0}[spec["dtype"]],
         "tokens_per_s": 1.0,
         "model_flops_per_s": 98.9e12,
         "peak_gib": 3.0,
     }
 
 
-def test_a_part_that_fails_is_reported_and_stops_no_other(tmp_path):
+def test_a_precision_that_fails_is_reported_and_stops_no_other(tmp_path):
     sizes = CheckSizes(hidden=64, head_dim=32, tokens=512, length=32)
-    result = run_check(HOPPER, sizes, ProjectionSizes(), tmp_path, run_part=part_of_a_hopper, say=lambda line: None)
+    result = run_precisions(HOPPER, sizes, tmp_path, run_part=part_of_a_hopper, say=lambda line: None)
     assert result["updates"]["fp8_delayed"] == {"error": "RuntimeError: cuBLAS"}
-    assert result["logprobs"] == {"error": "out of luck"}
     assert result["updates"]["bf16"]["mfu"] == pytest.approx(0.1)
+    assert result["updates"]["fp8_tensorwise"]["speed_of_bf16"] == 2.0
     assert result["updates"]["fp8_tensorwise"]["against"] == pytest.approx(
         {
-            "reference": "bf16",
+            "reference": "float32",
             "loss_gap_max": 0.005,
             "loss_gap_mean": 0.005 / 3,
-            "speed": 2.0,
+            "speed": 8.0,
             "memory": 1.0,
             "gradient_cosine": 1.0,
             "score_gap_mean": 0.5,
@@ -81,16 +64,68 @@ def test_a_part_that_fails_is_reported_and_stops_no_other(tmp_path):
         }
     )
     assert result["verdicts"] == {
+        "float32 runs": True,
         "bf16 runs": True,
+        "bf16: loss within 1%": True,
         "fp8_delayed runs": False,
         "fp8_tensorwise runs": True,
         "fp8_tensorwise: loss within 1%": True,
-        "fp8_tensorwise: step 1.25 times as fast": True,
+        "fp8_tensorwise: step 1.25 times as fast as in bf16": True,
     }
 
 
-def test_only_recipes_of_the_machine_are_tried_after_bf16():
-    assert [p.name for p in precisions(HOPPER)] == ["bf16", "fp8_delayed", "fp8_tensorwise"]
+def stage(name, result):
+    calls = []
+
+    def run():
+        calls.append(name)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return Stage(name=name, about="what it shows", run=run), calls
+
+
+def test_a_later_call_goes_on_after_the_stages_that_are_done(tmp_path):
+    good, good_calls = stage("good", {"verdicts": {"bar": True}})
+    missed, missed_calls = stage("missed", {"verdicts": {"bar": True, "other": False}})
+    broken, broken_calls = stage("broken", PartError("RuntimeError: cuBLAS"))
+    for _ in range(2):
+        results = run_stages([good, missed, broken], tmp_path, {"device": "H100"}, lambda line: None)
+    assert (len(good_calls), len(missed_calls), len(broken_calls)) == (1, 2, 2)
+    assert [is_good(results[name]) for name in ("good", "missed", "broken")] == [True, False, False]
+    assert results["broken"]["error"] == "RuntimeError: cuBLAS"
+    run_stages([good], tmp_path, {"device": "another"}, lambda line: None)
+    assert len(good_calls) == 2, "a result of another machine does not count"
+
+
+def test_the_page_names_every_bar_that_was_missed():
+    stages = [stage(name, {})[0] for name in ("kernels", "updates", "layouts")]
+    results: dict[str, Any] = {
+        "kernels": {"verdicts": {"fused agrees with eager": True}, "seconds": 3.0},
+        "updates": {"error": "RuntimeError: cuBLAS", "verdicts": {}, "seconds": 1.0},
+        "layouts": {"skipped": "needs two GPUs", "verdicts": {}, "seconds": 0.0},
+    }
+    machine = {"device": "NVIDIA H100", "num_gpus": 1, "features": "layers: Transformer Engine"}
+    text = page("2026-11-26", machine, {"torch": "2.13.0"}, stages, results)
+    assert "| kernels | what it shows | 1 of 1 bars met in 3 s |" in text
+    assert "| updates | what it shows | failed: RuntimeError: cuBLAS |" in text
+    assert "skipped: needs two GPUs" in text
+    assert "- met: fused agrees with eager" in text
+    results["kernels"]["verdicts"]["fused agrees with eager"] = False
+    assert "- **missed**: fused agrees with eager" in page("", machine, {}, stages, results)
+
+
+def test_one_gpu_skips_what_needs_two(tmp_path):
+    machine = {**HOPPER, "num_gpus": 1, "features": ""}
+    plan = Plan(machine=machine, folder=tmp_path, sizes=CheckSizes(), projection=ProjectionSizes(), is_smoke=False)
+    stages = {one.name: one for one in plan_stages(plan, say=lambda line: None)}
+    for name in ("layouts", "lost_server"):
+        assert stages[name].run()["skipped"] == "needs two GPUs"
+
+
+def test_only_recipes_of_the_machine_are_tried():
+    assert [p.name for p in precisions(HOPPER)] == ["float32", "bf16", "fp8_delayed", "fp8_tensorwise"]
 
 
 def test_a_gap_is_relative_to_the_reference_of_the_same_update():
