@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,6 +80,36 @@ def test_a_study_that_is_stopped_and_killed_chooses_rates_and_runs_no_cell_twice
     finish(start(plan))
     assert counts(tmp_path, "begin train") == trained
     assert {path.name: path.read_bytes() for path in (tmp_path / "docs" / "fake").iterdir()} == again
+
+
+def archive(verb: str, plan: Path) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("archive.py")), verb, str(plan)]
+    finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+def test_another_checkout_goes_on_from_an_archive_and_finds_the_same(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    tell(tmp_path, "fail", TUNING[3], "not_finite")
+    end_in_the_middle(plan, FINAL[1], signal.SIGKILL)
+    archive("pack", plan)
+    packed = (tmp_path / "docs" / "fake" / "cells.tar.xz").read_bytes()
+    stages = (tmp_path / "out" / "stages.json").read_text()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stages.json").write_text(stages)  # that the inputs are made
+    archive("unpack", plan)
+    archive("pack", plan)
+    assert (tmp_path / "docs" / "fake" / "cells.tar.xz").read_bytes() == packed
+    finish(start(plan))
+    trained = Counter({**dict.fromkeys([*TUNING, *FINAL], 1), FINAL[1]: 2})
+    assert counts(tmp_path, "begin train") == trained
+    results = json.loads((tmp_path / "docs" / "fake" / "results.json").read_text())
+    (tmp_path / "whole").mkdir()
+    whole = write_plan(tmp_path / "whole")
+    tell(tmp_path / "whole", "fail", TUNING[3], "not_finite")
+    finish(start(whole))
+    expected = json.loads((tmp_path / "whole" / "docs" / "fake" / "results.json").read_text())
+    assert results["tasks"] == expected["tasks"]
 
 
 def test_a_failure_that_is_no_result_ends_the_study_with_its_status(tmp_path: Path) -> None:

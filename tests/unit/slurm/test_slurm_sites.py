@@ -116,3 +116,17 @@ def test_compilers_of_kernels_write_to_a_private_folder_of_the_node(job: Job, tm
     assert values["FLASHINFER_WORKSPACE_BASE"] == f"{cache}/flashinfer"
     assert values["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("role", "grows"), [("trainer", True), ("rollout", False)])
+def test_only_the_trainers_memory_is_in_segments_that_grow(tmp_path: Path, role: str, grows: bool) -> None:
+    for folder in ("ends", "ended"):
+        (tmp_path / folder).mkdir()
+    show = tmp_path / "show"
+    show.write_text("#!/bin/sh\nenv\n")
+    show.chmod(0o755)
+    lists = {"DYPO_TRAIN_NODES": "node1", "DYPO_ROLLOUT_NODES": "node1", "SLURMD_NODENAME": "node1"}
+    sizes = {"NODES_PER_SERVER": "1", "SERVERS_PER_NODE": "1", "DYPO_PORT": "10000", "DYPO_LOGS": str(tmp_path)}
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), **lists, **sizes}
+    done = subprocess.run(["bash", NODE, role, show], env=environment, capture_output=True, text=True, check=True)
+    assert ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in done.stdout) == grows
