@@ -37,7 +37,7 @@ def test_every_stage_meets_its_bars_in_small(tmp_path):
     assert updates["bf16"]["against"]["gradient_cosine"] > 0.999
     assert 0 < updates["bf16"]["against"]["score_gap_mean"] < 0.05
     assert set(stages["transports"]["transports"]) == {"local", "disk", "p2p", "broadcast"}
-    assert set(stages["layouts"]["layouts"]) == {"TP2", "TP2, SP", "PP2", "CP2", "EP2"}
+    assert set(stages["layouts"]["layouts"]) == {"TP2", "TP2, SP", "PP2", "CP2", "EP2", "experts, TP2, SP"}
     assert stages["lost_server"]["killed"]
     page = (tmp_path / "check" / "page.md").read_text()
     assert "missed" not in page

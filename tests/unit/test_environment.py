@@ -41,3 +41,17 @@ def test_every_file_of_pins_but_torch_is_installed_with_hashes():
         assert is_hashed == (file.name != "torch.txt")
         for line in setup.splitlines():
             assert f"-r $({variable})" not in line or "--require-hashes" in line
+
+
+def test_the_images_have_the_versions_that_are_tested():
+    """Torch and Megatron-Core differ on purpose: an image has those of its CUDA and its Python."""
+    pins = [pin for name in ("torch", "cpu") for pin in pins_of(REPOSITORY / "requirements" / f"{name}.txt")]
+    tested = {name.lower(): version for name, version in (pin.split("==") for pin in pins)}
+    images = sorted((REPOSITORY / "slurm").glob("Dockerfile*"))
+    assert len(images) == 2
+    for image in images:
+        found = dict(re.findall(r"([A-Za-z][\w-]*)==([\w.]+)", image.read_text()))
+        assert len(found) > 10
+        for name, version in found.items():
+            if name.lower() in tested and name not in ("torch", "megatron-core"):
+                assert tested[name.lower()] == version, (image.name, name)

@@ -43,7 +43,8 @@ def run_part(spec: Mapping[str, Any], *, ranks: int = 1, limit_s: float = 600.0)
     results = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not results:
         sys.stderr.write(done.stderr)
-        lines = [line for line in done.stderr.strip().splitlines() if "Error" in line] or done.stderr.splitlines()
+        told = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailedError" not in line]
+        lines = told or done.stderr.strip().splitlines()
         raise PartError(lines[-1] if lines else f"exit code {done.returncode}")
     seen: dict[str, Any] = json.loads(results[-1])
     return seen
