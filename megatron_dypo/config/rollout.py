@@ -191,6 +191,11 @@ class RolloutConfig:
     """More token ids that end a response. These always do: the end of a turn in the chat template, ``eos_token``, and
     ``eos_token_id`` of the model's configuration."""
 
+    @property
+    def uses_stream(self) -> bool:
+        """Whether groups come from a stream in the background, each at a time of its own."""
+        return self.mode == "async" or self.oversample > 1
+
     def __post_init__(self) -> None:
         require(
             all(token_id >= 0 for token_id in self.stop_token_ids),

@@ -77,8 +77,7 @@ class Collector:
 
     def uses_stream(self, step: int) -> bool:
         """Return whether the collection of ``step`` takes its groups from the background stream."""
-        has_stream = self.rollout.mode == "async" or self.rollout.oversample > 1
-        return has_stream and self.objective.needs_rollouts(step)
+        return self.rollout.uses_stream and self.objective.needs_rollouts(step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,5 +229,7 @@ class MegatronPolicy:
             budget=self.config.batching.tokens_per_microbatch,
             token_multiple=self.config.token_multiple,
             entropy=entropy,
+            # Groups of a stream come at times of their own.
+            by_group=self.config.rollout.uses_stream,
         )
         return found or []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,6 +88,7 @@ def sequence_logprobs(
     budget: int,
     token_multiple: int = 1,
     entropy: bool = False,
+    by_group: bool = False,
 ) -> list[Floats] | None:
     """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
@@ -97,17 +99,15 @@ def sequence_logprobs(
         budget: tokens in one microbatch.
         token_multiple: ``Config.token_multiple``.
         entropy: return entropies in place of log-probs.
+        by_group: put no two groups into one microbatch. Then the last bits of a sample's log-probs do not depend on the
+            groups that are scored with it, and so not on the time at which each came.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
     """
-    lengths = padded_lengths(samples, sequence_alignment(layout.context))
-    count = num_microbatches(lengths, budget=budget)
-    if layout.shares_experts:
-        count = largest_count(count)
-    if not count:
+    bins = _plan_scoring(samples, layout, budget=budget, by_group=by_group)
+    if not bins:
         return _nothing(layout)
-    bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
     packed = pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=())
     set_training(chunks, False)
     for chunk in chunks:
@@ -124,6 +124,30 @@ def sequence_logprobs(
     pieces = np.split(flat, np.cumsum([samples[i].num_response_tokens for i in order])[:-1])
     by_sample = dict(zip(order, pieces, strict=True))
     return [by_sample[i] for i in range(len(samples))]
+
+
+def _plan_scoring(samples: Sequence[Sample], layout: MeshRank, *, budget: int, by_group: bool) -> list[list[int]]:
+    """Return the indices of the samples of each microbatch; [] if no replica has any."""
+    lengths = padded_lengths(samples, sequence_alignment(layout.context))
+    indices = range(len(samples))
+    parts = [list(indices)]
+    if by_group:
+        parts = [list(members) for _, members in itertools.groupby(indices, key=lambda i: samples[i].order)]
+    counts = [num_microbatches([lengths[i] for i in part], budget=budget) for part in parts]
+    count = sum(counts)
+    if layout.shares_experts:
+        count = largest_count(count)
+    if not count:
+        return []
+    count = round_up_microbatches(count, layout)
+    if not by_group:
+        return plan_microbatches(lengths, budget=budget, count=count)
+    bins = [
+        [part[i] for i in members]
+        for part, own in zip(parts, counts, strict=True)
+        for members in plan_microbatches([lengths[i] for i in part], budget=budget, count=own)
+    ]
+    return [*bins, *([] for _ in range(count - len(bins)))]
 
 
 def _nothing(layout: MeshRank) -> list[Floats] | None:

@@ -59,7 +59,7 @@ def rollout_round(setting: Setting) -> Round:
 
 def _prompts(setting: Setting) -> float:
     cfg = setting.config.rollout
-    if cfg.mode == "async" or cfg.oversample > 1:
+    if cfg.uses_stream:
         return setting.config.batching.prompts_per_batch / setting.group.learned
     return cfg.prompts_per_round
 

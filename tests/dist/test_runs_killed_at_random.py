@@ -110,16 +110,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(tmp_path
     again = of(run_dir)
     assert again.keys() == seen.keys()
     assert sorted(seen)[-1] == STEPS[case]
-    if case != "dypo, async":
-        assert again == seen
+    assert again == seen
     for record in steps_of(run_dir).values():
         accounts = {name: value for name, value in record.items() if name.startswith("ledger/")}
         assert accounts.pop("ledger/drawn", 0.0) == sum(accounts.values())
-    if case == "dypo, async":
-        # Which groups a stream gives a batch depends on time. A repeated collection has the same groups, but may compute
-        # their log-probs in other packs, whose sums differ in the last bits.
-        for step, (loss, norm, *_) in seen.items():
-            assert again[step][:2] == pytest.approx([loss, norm], rel=1e-3)
+    if case == "dypo, async":  # which groups a stream gives a batch depends on time, so a calm run has others
         return
     with policy_servers(2, model_path=str(tmp_path / "calm" / "model")) as servers:
         (tmp_path / "calm").mkdir()

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens 
 
 
 def test_every_stage_meets_its_bars_in_small(tmp_path):
-    done = run_tool("gpu_check.py", "--cpu-smoke", "--out", tmp_path / "check")
+    done = run_tool("gpu_check.py", "--cpu-smoke", "--out", tmp_path / "check", timeout=1500.0)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "check" / "result.json").read_text())
     stages = result["stages"]

@@ -38,7 +38,7 @@ This table is `tests/support/faults/matrix.py`, rendered. Faults that need a rea
 | weights, gradients, rewards or log-probs are not finite | named with parameter, prompt, member and token; dumped; skipped, stopped or rolled back as `optimizer.on_bad_step` says | `tests/dist/test_bad_updates.py` |
 | a rank is stopped | named within three steps and a minute, with host, activity and stack | `tests/e2e/test_stalled_runs.py` |
 | a rank, a launcher or a node of a Slurm job is lost | the trainer starts again in place, on a spare node if there is one | `tests/e2e/test_slurm.py` |
-| SIGKILL at 44 random moments of four runs | the same steps, bit for bit, but for an asynchronous run of DYPO, whose steps agree to rounding; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
+| SIGKILL at 44 random moments of four runs | the same steps, bit for bit; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
 
 ## How much of the time is training
 
