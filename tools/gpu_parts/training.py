@@ -21,8 +21,6 @@ from tools.gpu_parts.jobs import JobError, megatron_dypo, run, started, wait
 GAP = "train/train_rollout_logprob_abs_diff"
 GAP_BAR = {"float32": 1e-3, "bfloat16": 0.05}
 """Largest mean gap of log-probs between trainer and server, in nats."""
-EVERY_ROLLOUT = "objective.rl_only_steps=1000"
-"""Learn from every rollout whatever its tier, so that its log-probs are compared."""
 _CONFIG = "examples/quickstart/dypo.yaml"
 _KEY = "DYPO_SGLANG_API_KEY"
 
@@ -48,6 +46,11 @@ class Trainer:
     def has_learnt(self) -> bool:
         """Whether the warm start is long enough for right answers. Otherwise every prompt is Hard."""
         return self.warmup_steps >= 900
+
+    @property
+    def every_rollout(self) -> str:
+        """Return the override by which a run learns from every rollout, so that all log-probs are compared."""
+        return f"objective.rl_only_steps={self.steps}"
 
     def warm_up(self) -> None:
         """Make the task's data and a model that has learnt a part of it, unless they exist."""
@@ -80,7 +83,7 @@ class Trainer:
             "eval.sets={}",
             "optimizer.warmup_steps=1",
             "rollout.servers.mem_fraction=0.3",
-            *([] if self.has_learnt else [EVERY_ROLLOUT]),
+            *([] if self.has_learnt else [self.every_rollout]),
             *self._one_rank(),
             *overrides,
         ]
@@ -127,7 +130,7 @@ def refit_by_every_transport(trainer: Trainer) -> dict[str, Any]:
         with _server(trainer, gpu) as (url, environment):
             for transport in transports:
                 overrides = [f"rollout.servers.urls=[{url}]", f"refit.transport={transport}", "refit.verify=full"]
-                overrides.append(EVERY_ROLLOUT)
+                overrides.append(trainer.every_rollout)
                 records = trainer.train(f"refit_{transport}", *overrides, environment=environment)
                 gap = _gap(records)
                 seconds = [record["timing_s/refit"] for record in records if "timing_s/refit" in record]
