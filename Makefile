@@ -39,13 +39,24 @@ LM_EVAL := .venv-lm-eval
 LM_EVAL_REQUIREMENTS := requirements/lm_eval.txt
 LM_EVAL_STAMP := $(LM_EVAL)/setup-$(shell cksum < $(LM_EVAL_REQUIREMENTS) | cut -d ' ' -f 1).done
 
+# Another core than the pinned one, unpacked beside the packages of .venv.
+CORE_REQUIREMENTS := requirements/core.txt
+CORE := .venv-core
+CORE_STAMP := $(CORE)/setup-$(shell cksum < $(CORE_REQUIREMENTS) | cut -d ' ' -f 1).done
+CORE_TESTS := $(addprefix tests/unit/mcore/test_,compat.py features.py common_state.py) \
+	$(addprefix tests/dist/test_,training.py moe.py checkpoint.py)
+
+# For `make test-versions`: pairs such as 3.12/0.19.2 (empty: all), and interpreters that are not on the path.
+VERSIONS ?=
+PYTHONS ?=
+
 DOCS := .venv-docs
 DOCS_REQUIREMENTS := requirements/docs.txt
 DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-lm-eval setup-docs quickstart smollm2 \
-	tiny-study tiny-study-smollm2 test test-all lint format docs pictures clean
+.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-lm-eval setup-core setup-docs \
+	quickstart smollm2 tiny-study tiny-study-smollm2 test test-all test-core test-versions lint format docs pictures clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -105,6 +116,15 @@ $(LM_EVAL_STAMP): $(LM_EVAL_REQUIREMENTS)
 	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r $(LM_EVAL_REQUIREMENTS)
 	@rm -f $(LM_EVAL)/setup-*.done && touch $@
 
+setup-core: $(CORE_STAMP)  ## Fetch the newest Megatron-Core, for test-core (9 MB).
+
+$(CORE_STAMP): $(CORE_REQUIREMENTS) | $(STAMP)
+	@rm -rf $(CORE)
+	@# Its wheels are for Python 3.12 and 3.13. The Python code in them runs on 3.11 too.
+	$(PIP) install --quiet --python-version 3.12 --ignore-requires-python --only-binary=:all: --no-compile --target $(CORE) \
+		--no-deps --require-hashes -r $(CORE_REQUIREMENTS)
+	@touch $@
+
 setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
 
 $(DOCS_STAMP): $(DOCS_REQUIREMENTS)
@@ -130,6 +150,13 @@ test: setup setup-test-data  ## Run the tests that need no GPU and are not marke
 
 test-all: setup setup-test-data  ## Run every test that needs no GPU.
 	@$(BIN)/python -m pytest -m "not gpu"
+
+test-core: setup setup-core  ## Run some tests on the newest Megatron-Core instead of the pinned one, as CI does.
+	PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -c 'from importlib.metadata import version as v; print("megatron-core", v("megatron-core"))'
+	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
+
+test-versions: setup  ## Build environments of all supported Pythons and cores, and test them (hours; VERSIONS=, PYTHONS=).
+	@$(BIN)/python tools/versions.py $(VERSIONS) $(addprefix --python ,$(PYTHONS))
 
 lint: setup  ## Check style, formatting, types, the direction of imports, the words and the pins.
 	$(BIN)/ruff check .

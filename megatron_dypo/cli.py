@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import megatron_dypo
-from megatron_dypo.check.cli import check
+from megatron_dypo.check.cli import check, doctor
 from megatron_dypo.config.cli import init, show_config
 from megatron_dypo.eval.cli import evaluate
 from megatron_dypo.grading.cli import grade
@@ -43,6 +43,7 @@ def _about(
 app.command()(init)
 app.command("config")(show_config)
 app.command()(check)
+app.command()(doctor)
 app.command()(train)
 app.command()(probe)
 app.command()(replay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -28,6 +29,11 @@ _OLDEST_TE: dict[Recipe, tuple[int, int]] = {
     "mxfp8": (2, 1),
 }
 """Recipe → oldest version of Transformer Engine."""
+_NOTICES = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+"""Logger of core 0.17 to 0.19 → beginning of a notice to programmers, which a user of this package cannot act on."""
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +64,8 @@ def shield_imports() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # Its checkpoints use deprecated parts of torch, which warn for each tensor.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed\.checkpoint")
+    for logger, notice in _NOTICES.items():
+        logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, notice))
     for name in _GPU_ONLY:
         found = importlib.util.find_spec(name) is not None
         if found and not (device.on_gpu() and _is_nvidias(name)):
@@ -139,10 +147,17 @@ def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
     if arch.experts is not None:
         from megatron_dypo.mcore.moe_router import BalancedRouter
 
-        spec.submodules.mlp.submodules.router = BalancedRouter
+        mlp = spec.submodules.mlp
+        # A ModuleSpec up to core 0.17, functools.partial(MoELayer, submodules=...) since 0.18.
+        experts = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+        experts.router = BalancedRouter
         # The local spec would store the norm before experts as fused with their input projection; TE's spec does not.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
+
+
+def _begins_otherwise(notice: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(notice)
 
 
 def _is_nvidias(name: str) -> bool:

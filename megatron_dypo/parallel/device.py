@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_dypo.supported import is_at_least
+
 T = TypeVar("T")
 _POLL_S = 1e-4
 """Seconds between two looks at work on a GPU."""
@@ -43,6 +45,15 @@ def device() -> torch.device:
 def backend() -> str:
     """Return the torch.distributed backend of device tensors: ``nccl`` or ``gloo``."""
     return "nccl" if on_gpu() else "gloo"
+
+
+def update_backend(name: str, torch_version: str = torch.__version__) -> str:
+    """Return how this torch calls the backend that torch below 2.15 calls ``name``.
+
+    Since 2.15 ``nccl`` names another backend (``ProcessGroupNCCL2``), and a broadcast between the two hangs. The
+    servers of :data:`megatron_dypo.supported.RANGES` have a torch below 2.15 (SGLang 0.5.23 pins 2.14.1).
+    """
+    return "nccl-legacy" if name == "nccl" and is_at_least(torch_version, "2.15") else name
 
 
 def bind() -> None:
@@ -184,6 +195,15 @@ def toolkit_version() -> tuple[int, ...]:
 def device_name() -> str:
     """Return the vendor's name of this rank's GPU, or ``CPU``."""
     return torch.cuda.get_device_name(device()) if on_gpu() else "CPU"
+
+
+def gpus() -> tuple[str, ...]:
+    """Return the vendor's name and the compute capability of each GPU that torch sees."""
+    seen = range(torch.cuda.device_count() if on_gpu() else 0)
+    return tuple(
+        f"{torch.cuda.get_device_name(gpu)} ({'.'.join(map(str, torch.cuda.get_device_capability(gpu)))})"
+        for gpu in seen
+    )
 
 
 def reset_peak_memory() -> None:

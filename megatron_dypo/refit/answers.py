@@ -9,6 +9,8 @@ from typing import Any
 
 import aiohttp
 
+from megatron_dypo.supported import WEIGHT_SESSIONS, is_at_least
+
 Answer = dict[str, Any]
 
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -37,6 +39,8 @@ class ServerInfo:
     """A server's model and sizes, as the server reports them."""
 
     url: str
+    sglang: str
+    """Version of SGLang; empty if the server does not say it."""
     model_path: str
     model_type: str
     weight_version: str
@@ -46,6 +50,11 @@ class ServerInfo:
     expert_parallel: int
     custom_loaders: tuple[str, ...]
     """``--custom-weight-loader``: import paths of functions that the server can use to receive weights."""
+
+    @property
+    def has_sessions(self) -> bool:
+        """Return whether updates stand in a session, ``/begin_weight_update`` to ``/end_weight_update``."""
+        return not self.sglang or is_at_least(self.sglang, WEIGHT_SESSIONS)
 
 
 class UnansweredError(ServerError):

@@ -43,6 +43,8 @@ class SGLangControl:
             raise ValueError("urls=(): a refit needs at least one SGLang server")
         self.urls = tuple(url.rstrip("/") for url in urls)
         """The servers that get the calls. It changes only between two attempts at a refit."""
+        self._without_sessions: set[str] = set()
+        """Servers that :meth:`describe` found to be too old for weight-update sessions."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)
         self._thread.start()
@@ -61,13 +63,14 @@ class SGLangControl:
     # One method for each route.
 
     def describe(self, deadline: Deadline, urls: Sequence[str] | None = None) -> list[ServerInfo]:
-        """Ask each of ``urls`` (None: all servers) for its model, version and parallel sizes, in order."""
+        """Ask each of ``urls`` (None: all servers) for its model, versions and parallel sizes, in order."""
         urls = self.urls if urls is None else urls
         models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
         servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
-        return [
+        infos = [
             ServerInfo(
                 url=url,
+                sglang=str(server.get("version") or ""),
                 model_path=str(model.get("model_path")),
                 model_type=str(model.get("model_type")),
                 weight_version=str(model.get("weight_version")),
@@ -79,6 +82,14 @@ class SGLangControl:
             )
             for url, model, server in zip(urls, models, servers, strict=True)
         ]
+        self._without_sessions -= set(urls)
+        self._without_sessions |= {info.url for info in infos if not info.has_sessions}
+        return infos
+
+    @property
+    def with_sessions(self) -> tuple[str, ...]:
+        """Return the servers that need a weight-update session; an older one takes updates at any time."""
+        return tuple(url for url in self.urls if url not in self._without_sessions)
 
     def weight_versions(self, deadline: Deadline) -> list[str]:
         """Ask each server which version it serves."""
@@ -99,16 +110,16 @@ class SGLangControl:
     def begin_update(self, deadline: Deadline) -> None:
         """Open a weight-update session. A session that a dead trainer left open is closed first."""
         try:
-            self._all("POST", "/begin_weight_update", {}, deadline)
+            self._in_sessions("/begin_weight_update", deadline)
         except ServerError as error:
             if "already open" not in str(error):
                 raise
-            self.attempt([("/end_weight_update", {})], deadline.remaining())
-            self._all("POST", "/begin_weight_update", {}, deadline)
+            self.attempt([("/end_weight_update", {})], deadline.remaining(), self.with_sessions)
+            self._in_sessions("/begin_weight_update", deadline)
 
     def end_update(self, deadline: Deadline) -> None:
         """Close the weight-update session."""
-        self._all("POST", "/end_weight_update", {}, deadline)
+        self._in_sessions("/end_weight_update", deadline)
 
     def set_version(self, version: str, deadline: Deadline) -> None:
         """Set the name of the served weights. Running requests record which of their tokens came before."""
@@ -163,6 +174,9 @@ class SGLangControl:
         return self._submit(every_server()).result()
 
     # The calls themselves.
+
+    def _in_sessions(self, path: str, deadline: Deadline) -> None:
+        self._start("POST", path, {}, deadline, fail_fast=False, urls=self.with_sessions).result()
 
     def _all(self, method: str, path: str, body: Answer | None, deadline: Deadline) -> list[Answer]:
         return self._start(method, path, body, deadline, fail_fast=False).result()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import pickle
 from dataclasses import dataclass, field
@@ -111,8 +112,16 @@ def report_key(refit: int, server: int, server_rank: int) -> str:
 
 
 def to_payload(message: ControlMessage) -> str:
-    """Encode a message for SGLang's ``serialized_named_tensors``: base64 of a pickle of [(name, tensor)]."""
-    return base64.b64encode(pickle.dumps([(message.to_json(), torch.empty(0))])).decode()
+    """Encode a message for SGLang's ``serialized_named_tensors``: base64 of a pickle of [(name, tensor)].
+
+    The pickle names only ``torch.Tensor``, which SGLang allows. That of a tensor as such would name the function by
+    which Megatron-Core 0.17 and later replace a function of torch's; SGLang refuses that, and the server ends.
+    """
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream)
+    pickler.dispatch_table = {Tensor: lambda _: (Tensor, ())}
+    pickler.dump([(message.to_json(), torch.empty(0))])
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 def from_named_tensors(named_tensors: list[tuple[str, Tensor]]) -> ControlMessage:

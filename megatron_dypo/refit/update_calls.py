@@ -1,6 +1,7 @@
 """The control calls before and after an update of weights. The global leader makes them.
 
-``in_session``: whether SGLang needs the update between ``/begin_weight_update`` and ``/end_weight_update``.
+``in_session``: whether the transport's updates stand between ``/begin_weight_update`` and ``/end_weight_update``, on
+servers that have these calls.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ Steps = list[tuple[str, Answer | None]]
 def begin_update(
     control: SGLangControl, in_flight: Literal["pause", "abort"], in_session: bool, deadline: Deadline
 ) -> None:
-    """Pause all servers. Their running requests go back to the queue; with ``abort`` they end."""
-    if in_flight == "abort":
+    """Pause all servers. Their running requests go back to the queue; with ``abort`` they end.
+
+    They end also on servers without weight-update sessions: these would name the last version for all of a response's
+    tokens.
+    """
+    if in_flight == "abort" or control.with_sessions != control.urls:
         control.pause("abort", deadline)
     # Also after an abort: this drains the scheduler, so that it cannot refuse to flush its cache in the update.
     control.pause("retract", deadline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
 
-def rank_scores(path: str, axes: dict[str, int], lengths: list[list[int]]) -> dict[str, list[bytes]]:
+def rank_scores(path: str, axes: dict[str, Any], lengths: list[list[int]]) -> dict[str, list[bytes]]:
     """Return the log-probs of every sample: of all groups together, and of each group alone."""
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.logprobs import sequence_logprobs
@@ -60,7 +61,7 @@ def rank_scores(path: str, axes: dict[str, int], lengths: list[list[int]]) -> di
 
 
 @pytest.mark.parametrize("axes", [{}, {"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}], ids=str)
-def test_a_group_scored_with_others_has_the_bits_of_the_group_alone(tmp_path: Path, axes: dict[str, int]) -> None:
+def test_a_group_scored_with_others_has_the_bits_of_the_group_alone(tmp_path: Path, axes: dict[str, Any]) -> None:
     model = make_hf_model("qwen3", tmp_path / "model", seed=1, num_hidden_layers=4)
     ranks = 2 if axes else 1
     scores = run_ranks(ranks, rank_scores, str(model), axes, [[9, 23, 14], [31, 30], [5], [12, 60, 7, 8]])[0]

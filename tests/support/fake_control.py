@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
+from megatron_dypo.supported import WEIGHT_SESSIONS, is_at_least
+
 S = TypeVar("S", bound="FakeServer")
 
 KEY = "secret"
@@ -25,6 +27,7 @@ class FakeServer:
     ep_size: int = 1
     loaders: tuple[str, ...] = ()
     version: str = "default"
+    sglang: str = "0.5.23"
     url: str = ""
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -69,7 +72,9 @@ class FakeServer:
             return 200, info
         if path == "/server_info":
             sizes = {"tp_size": self.tp_size, "ep_size": self.ep_size, "pp_size": 1, "dp_size": 1}
-            return 200, {**sizes, "custom_weight_loader": list(self.loaders)}
+            return 200, {**sizes, "custom_weight_loader": list(self.loaders), "version": self.sglang}
+        if path.endswith("_weight_update") and not is_at_least(self.sglang, WEIGHT_SESSIONS):
+            return 404, {"detail": "Not Found"}
         if path == "/update_weight_version":
             self.version = body["new_version"]
         return 200, {"success": True, "message": "Success"}

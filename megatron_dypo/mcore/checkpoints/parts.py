@@ -7,14 +7,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore.checkpoints.folder import STATE
+from megatron_dypo.mcore.compat import restricted_reading
 from megatron_dypo.mcore.compat.restricted_pickle import load_metadata
-from megatron_dypo.mcore.compat.restricted_reading import RestrictedCommon, restricted_reading
 
 _RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
 
@@ -54,13 +52,7 @@ def load_parts(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     _read_json(folder / CONFIG_FNAME)
     metadata = load_metadata(folder / ".metadata")
     try:
-        with restricted_reading(metadata):
-            loaded: dict[str, Any] = dist_checkpointing.load(
-                state,
-                str(folder),
-                sharded_strategy=TorchDistLoadShardedStrategy(),
-                common_strategy=RestrictedCommon(),
-            )
+        return restricted_reading.load(state, folder, metadata)
     except (
         CheckpointException,
         CheckpointingException,
@@ -72,4 +64,3 @@ def load_parts(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
         reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
         raise ValueError(f"{folder}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
-    return loaded

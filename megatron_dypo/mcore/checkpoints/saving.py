@@ -3,8 +3,8 @@
 A save has three parts:
 
 1. Collective, in the calling thread: Megatron plans the files, and every tensor is copied into host memory.
-2. In a thread of each rank, without collectives: Megatron's processes write the copies and wait until they are on the
-   disk; then the checksums of the files are taken.
+2. In a thread of each rank, without collectives: Megatron's processes (since core 0.17 threads) write the copies and
+   wait until they are on the disk; then the checksums of the files are taken.
 3. Collective, in the calling thread: ``.metadata`` and the manifest are written, and the folder gets its name.
 
 Until the last part the folder has the name ``step_000010.tmp``. If a rank dies before, the checkpoint before counts.
@@ -28,7 +28,7 @@ from megatron_dypo.mcore.checkpoints.folder import discard_partial, partial_of
 from megatron_dypo.mcore.checkpoints.manifest import FileRecord, record_files
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
 from megatron_dypo.mcore.checkpoints.sealing import seal, tensor_files
-from megatron_dypo.mcore.compat.results_queue import use_results_queue
+from megatron_dypo.mcore.compat.results_queue import use_results_queue, write, writer
 from megatron_dypo.parallel.collectives import any_rank, gather_world
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.processes.children import forks_end_with_this_thread
@@ -40,7 +40,7 @@ def stage(state: dict[str, Any], folder: Path) -> AsyncRequest:
     Collective over the world. Of tensors that several replicas hold, the first replica writes its own.
     """
     use_results_queue(queue.SimpleQueue())
-    request: AsyncRequest = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+    request: AsyncRequest = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **writer())
     if request.preload_fn is None:
         return request
     rank, buckets, results = request.async_fn_args
@@ -109,8 +109,7 @@ class PendingSave:
         try:
             with forks_end_with_this_thread():
                 for request in self._requests:
-                    if request.async_fn is not None:
-                        request.async_fn(*request.async_fn_args, **request.async_fn_kwargs)
+                    write(request)
             partial = partial_of(self.final)
             self._records = record_files(partial, tensor_files(partial, self._layout.rank))
         except BaseException as error:  # noqa: BLE001 (it is raised by finish, on all ranks)

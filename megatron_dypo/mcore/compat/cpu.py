@@ -1,20 +1,23 @@
-"""Patches of torch with which Megatron-Core 0.16.1 trains on CPUs over gloo.
+"""Patches of torch with which Megatron-Core trains on CPUs over gloo.
 
 Megatron-Core's training step always calls ``torch.cuda``. :func:`install` replaces these functions in this process; it
-does nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around, with paths
-relative to ``megatron/core``. FP8 and CUDA graphs are not covered, since they do not run on CPUs.
+does nothing on a machine with GPUs. Each patch names the upstream lines that it works around, of 0.16.1 unless it says
+otherwise, with paths relative to ``megatron/core``. They are tested with each of
+:data:`megatron_dypo.supported.CPU_CORES`. FP8 and CUDA graphs are not covered, since they do not run on CPUs.
 """
 
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-SUPPORTED = "0.16.1"
+from megatron_dypo.supported import CPU_CORES, newest_core
+
 _CPU = torch.device("cpu")
 
 
@@ -29,10 +32,11 @@ def install() -> None:
 
     from megatron_dypo.mcore.compat import cpu_megatron
 
-    if megatron.core.__version__ != SUPPORTED:
+    version = megatron.core.__version__
+    if version not in CPU_CORES:
         raise ValueError(
-            f"megatron-core=={megatron.core.__version__}: on a CPU only {SUPPORTED} is supported "
-            f"(its CPU patches are written for that version): pip install megatron-core=={SUPPORTED}"
+            f"megatron-core=={version}: on a CPU it must be one of {', '.join(CPU_CORES)} (the CPU patches are tested "
+            f"with these): pip install megatron-core=={newest_core(platform.python_version())}"
         )
     _patch_torch_factories()
     _patch_torch_cuda()

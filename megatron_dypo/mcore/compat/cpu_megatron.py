@@ -1,4 +1,4 @@
-"""Patches of Megatron itself with which Megatron-Core 0.16.1 trains on CPUs over gloo. See ``cpu.py``."""
+"""Patches of Megatron itself with which Megatron-Core trains on CPUs over gloo. See ``cpu.py``."""
 
 from __future__ import annotations
 

@@ -38,6 +38,9 @@ WORLD = PrivateName(
 def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeout: datetime.timedelta) -> Any:
     """Join a group outside the default one as rank 0, and wait for the other ranks, which SGLang makes.
 
+    Args:
+        backend: its name for the servers, whose torch is below 2.15.
+
     Raises:
         RuntimeError: a rank did not join within ``timeout``, or torch lacks the private names.
     """
@@ -46,7 +49,7 @@ def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeou
             size,
             0,
             [],
-            dist.Backend(backend),
+            dist.Backend(device.update_backend(backend)),
             dist.PrefixStore(name, store),
             group_name=name,
             backend_options=None,

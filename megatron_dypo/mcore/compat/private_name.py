@@ -8,6 +8,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dypo.supported import is_at_least
+
 _MISSING = object()
 
 
@@ -37,7 +39,7 @@ class PrivateName:
         found: Any = importlib.import_module(self.module)
         for part in self.name.split("."):
             found = getattr(found, part, _MISSING)
-        if found is _MISSING or _numbers(version) < _numbers(self.oldest) or not self._takes_all(found):
+        if found is _MISSING or not is_at_least(version, self.oldest) or not self._takes_all(found):
             raise RuntimeError(
                 f"{self.package} {version}: {self.module}.{self.name} must be as in {self.oldest} or later "
                 f"({self.source}); install a version that megatron-dypo supports"
@@ -46,9 +48,3 @@ class PrivateName:
 
     def _takes_all(self, found: Any) -> bool:
         return not self.takes or set(self.takes) <= inspect.signature(found).parameters.keys()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: (2, 13, 0) of ``2.13.0+cpu``."""
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts if part.isdigit())

@@ -58,6 +58,9 @@ _TE_STATE = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "collections": {"OrderedDict"},
 }
+_LOADERS = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+"""Functions that read the storage of a tensor inside a pickle: torch's, and that by which core 0.17 and later replace
+it, so that it stands in the pickles of their runs."""
 _TE_RECIPES = "transformer_engine.common.recipe"
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
 """Beginnings of lines of torch's message."""
@@ -95,7 +98,7 @@ class _StateUnpickler(_Unpickler):
     allowed = _TE_STATE
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _LOADERS:
             return _load_storage
         if module == _TE_RECIPES and "." not in name:
             found = pickle.Unpickler.find_class(self, module, name)

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import strategies
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization, strategies
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
+from megatron_dypo.mcore.compat.checkpoint_files import file_view
+from megatron_dypo.mcore.compat.core_version import CORE
 from megatron_dypo.mcore.compat.private_name import PrivateName
 from megatron_dypo.mcore.compat.restricted_pickle import DAMAGED, reason
 
@@ -28,16 +32,57 @@ GET_READER = PrivateName(
 )
 """Makes the reader of ``TorchDistLoadShardedStrategy``, which unpickles ``.metadata`` and objects in tensor files."""
 
+_COMMON_STATE = "common_state/shard_0_1"
+"""Name under which core 0.19 stores the state besides tensors."""
 
-class RestrictedCommon(TorchCommonLoadStrategy):
-    """Reads ``common.pt`` without code, whatever the environment says (``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``)."""
 
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
+def load(state: dict[str, Any], folder: Path, metadata: Metadata) -> dict[str, Any]:
+    """Return ``state`` with the values of the checkpoint in ``folder``, by Megatron's ``load``. Collective over the
+    world.
+
+    No pickle of the checkpoint runs code. The state besides tensors is in ``common.pt``, or in a tensor file if core
+    0.19 or later wrote the checkpoint; every core reads both.
+
+    Args:
+        metadata: content of the folder's ``.metadata``.
+
+    Raises:
+        ValueError: the state besides tensors is damaged, or would run code.
+        pickle.UnpicklingError: a tensor file is damaged, or would run code.
+    """
+    with _replaced(metadata):
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(folder), sharded_strategy=TorchDistLoadShardedStrategy(), **_common_strategy(metadata)
+        )
+    return loaded
+
+
+def load_common(folder: Path, metadata: Metadata) -> Any:
+    """Read the state besides tensors without code, whatever the environment says
+    (``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``)."""
+    path, info = folder / COMMON_STATE_FNAME, metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
+    try:
+        if path.is_file() or info is None:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, *DAMAGED) as error:
-            raise ValueError(f"{path}: damaged: {reason(error)}") from error
+        path = folder / info.relative_path
+        with path.open("rb") as stream:
+            view = file_view(stream, info.offset, info.length)
+            return torch.load(view, map_location="cpu", weights_only=True)[0]
+    except (RuntimeError, OSError, *DAMAGED) as error:
+        raise ValueError(f"{path}: damaged: {reason(error)}") from error
+
+
+def _common_strategy(metadata: Metadata) -> dict[str, Any]:
+    """Return the argument by which core 0.16 is told how to read the common state; later ones have only a function."""
+    if CORE >= (0, 17):
+        return {}
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class RestrictedCommon(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str | Path) -> Any:
+            return load_common(Path(checkpoint_dir), metadata)
+
+    return {"common_strategy": RestrictedCommon()}
 
 
 class RestrictedReader(FileSystemReader):
@@ -74,15 +119,22 @@ class RestrictedReader(FileSystemReader):
 
 
 @contextlib.contextmanager
-def restricted_reading(metadata: Metadata) -> Iterator[None]:
+def _replaced(metadata: Metadata) -> Iterator[None]:
     """Let Megatron read a checkpoint that has this metadata by a :class:`RestrictedReader`, within the block."""
-    original = GET_READER.get()
+    GET_READER.get()
 
-    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> RestrictedReader:
+    def reader(checkpoint_dir: str | Path, *args: Any, **kwargs: Any) -> RestrictedReader:
         return RestrictedReader(checkpoint_dir, metadata)
 
-    strategies.torch._get_filesystem_reader = reader
+    replaced: list[tuple[Any, str, Any]] = [(strategies.torch, "_get_filesystem_reader", reader)]
+    if CORE >= (0, 17):
+        name = "load_common" if CORE < (0, 19) else "load_common_state_dict"
+        replaced.append((serialization, name, lambda folder: load_common(Path(folder), metadata)))
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, ours in replaced:
+        setattr(module, name, ours)
     try:
         yield
     finally:
-        strategies.torch._get_filesystem_reader = original
+        for module, name, original in originals:
+            setattr(module, name, original)

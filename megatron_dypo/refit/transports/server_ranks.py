@@ -22,6 +22,7 @@ from megatron_dypo.refit.control_message import GO, ControlMessage, inventory_ke
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
+from megatron_dypo.supported import WEIGHT_SESSIONS
 
 _ENDED = "{}"
 """Value in the store in place of an inventory that will not come, because the server's call has ended."""
@@ -47,6 +48,12 @@ def server_mesh(info: ServerInfo) -> ServerMesh:
         size = getattr(info, name)
         if size != 1:
             raise ServerError(f"{info.url}: {name}={size}: p2p and local need 1; use refit.transport=disk", info.url)
+    if not info.has_sessions:
+        raise ServerError(
+            f"{info.url}: SGLang {info.sglang}: p2p and local need {WEIGHT_SESSIONS} or newer, which has weight-update "
+            "sessions; use refit.transport=broadcast or disk",
+            info.url,
+        )
     if WEIGHT_LOADER not in info.custom_loaders:
         raise ServerError(
             f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "

@@ -21,8 +21,10 @@ from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.buckets import Bucket
+from megatron_dypo.supported import RANGES
 
 T = TypeVar("T")
+_SERVERS = RANGES["sglang"]
 
 
 class UpdateGroup:
@@ -43,7 +45,7 @@ class UpdateGroup:
         """
         infos = control.describe(deadline)
         for info in infos:
-            _require_plain(info)
+            _require_plain(info, backend)
         name = f"dypo-{uuid.uuid4().hex}"
         host, world_size = address_towards(control.urls), 1 + sum(info.tensor_parallel for info in infos)
         timeout = datetime.timedelta(seconds=deadline.seconds)
@@ -118,7 +120,13 @@ def address_towards(urls: Sequence[str]) -> str:
     return address
 
 
-def _require_plain(info: ServerInfo) -> None:
+def _require_plain(info: ServerInfo, backend: str) -> None:
+    if backend != "gloo" and info.sglang and _SERVERS.ends_before(info.sglang):
+        raise ServerError(
+            f"{info.url}: SGLang {info.sglang}: its torch may name another backend {backend!r} than the trainer's, "
+            f"and a broadcast between the two hangs; use SGLang {_SERVERS}, or refit.transport=disk",
+            info.url,
+        )
     for name in ("pipeline_parallel", "data_parallel"):
         size = getattr(info, name)
         if size != 1:

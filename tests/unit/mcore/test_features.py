@@ -1,5 +1,8 @@
 """Optional packages on a machine without a GPU."""
 
+import dataclasses
+import functools
+import logging
 import os
 import subprocess
 import sys
@@ -40,11 +43,38 @@ def test_fp8_is_refused_without_a_gpu():
         features.require_fp8(Fp8Config(recipe="tensorwise"), features.probe())
 
 
-def test_another_version_of_megatron_is_refused_on_a_cpu(monkeypatch):
+def test_notices_to_programmers_are_left_out_and_warnings_are_not(caplog):
+    from megatron_dypo.mcore import features
+
+    features.shield_imports()
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. %s", "Please reference the migration guide")
+    logger.warning("a stage has no layers")
+    assert caplog.messages == ["a stage has no layers"]
+
+
+@pytest.mark.parametrize("version", ["0.16.9", "0.20.0"])
+def test_another_version_of_megatron_is_refused_on_a_cpu(monkeypatch, version):
     import megatron.core
 
     from megatron_dypo.mcore.compat import cpu
 
-    monkeypatch.setattr(megatron.core, "__version__", "0.16.9")
-    with pytest.raises(ValueError, match=r"megatron-core==0.16.9: on a CPU only 0.16.1 is supported"):
+    monkeypatch.setattr(megatron.core, "__version__", version)
+    message = rf"^megatron-core=={version}: on a CPU it must be one of 0.16.1, 0.17.1, 0.18.2, 0.19.2 .*: pip install"
+    with pytest.raises(ValueError, match=message):
         cpu.install.__wrapped__()
+
+
+@pytest.mark.parametrize("experts", [4, None])
+def test_the_layers_of_every_core_get_our_router(experts):
+    """Core 0.16 and 0.17 give a layer's experts as a ModuleSpec, later ones as a functools.partial."""
+    from megatron_dypo.mcore import features
+    from megatron_dypo.mcore.moe_router import BalancedRouter
+    from megatron_dypo.models.architecture import Experts
+    from tests.support.architectures import QWEN2
+
+    made = Experts(num_experts=4, per_token=2, ffn_hidden_size=20, normalized=True, moe_aux_loss_coef=0.0)
+    arch = dataclasses.replace(QWEN2, family="qwen3_moe", experts=made) if experts else QWEN2
+    mlp = features.layer_spec(arch, features.probe()).submodules.mlp
+    inner = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    assert (getattr(inner, "router", None) is BalancedRouter) == (experts is not None)

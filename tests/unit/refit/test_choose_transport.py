@@ -13,6 +13,7 @@ from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 
 HERE = ServerInfo(
     url="http://127.0.0.1:1",
+    sglang="0.5.23",
     model_path="m",
     model_type="qwen3",
     weight_version="0",
@@ -24,6 +25,7 @@ HERE = ServerInfo(
 )
 AWAY = dataclasses.replace(HERE, url="http://192.0.2.1:1")
 STOCK = dataclasses.replace(HERE, url="http://127.0.0.1:2", custom_loaders=())
+OLD = dataclasses.replace(HERE, url="http://127.0.0.1:3", sglang="0.5.12.post1")
 STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
 
 
@@ -34,6 +36,12 @@ STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
         ([HERE, AWAY], True, "p2p", "not local: http://192.0.2.1:1 is on another host"),
         ([HERE], False, "p2p", "not local: the trainer's ranks are on several hosts"),
         ([HERE, STOCK], True, "broadcast", "not p2p: http://127.0.0.1:2: custom_weight_loader=[]"),
+        (
+            [HERE, OLD],
+            True,
+            "broadcast",
+            "http://127.0.0.1:3: SGLang 0.5.12.post1: p2p and local need 0.5.22",
+        ),
         ([STAGED], True, "broadcast", "pipeline_parallel=2"),
     ],
 )
@@ -48,6 +56,8 @@ def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_ho
     [
         ("p2p", [STOCK], True, f"start the server with --custom-weight-loader {WEIGHT_LOADER}"),
         ("local", [AWAY], True, "is on another host"),
+        ("local", [OLD], True, "need 0.5.22 or newer, .*; use refit.transport=broadcast or disk"),
+        ("p2p", [OLD], True, "need 0.5.22 or newer, .*; use refit.transport=broadcast or disk"),
         ("local", [HERE], False, "on several hosts"),
     ],
 )

@@ -11,6 +11,7 @@ from tests.support.smallest_configs import YARN, smallest
 def server():
     return ServerInfo(
         url="http://a:1",
+        sglang="0.5.23",
         model_path="/nowhere",
         model_type="qwen2",
         weight_version="0",

@@ -9,6 +9,7 @@ import pytest
 from megatron_dypo.refit.answers import MAX_ANSWER_BYTES, ServerError
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.update_calls import begin_update
 from tests.support.fake_control import KEY, fake_servers
 
 
@@ -107,6 +108,26 @@ def test_a_session_left_open_is_closed_and_opened_again(servers, control):
     servers[0].on_call = close_session
     control.begin_update(Deadline(5))
     assert servers[0].posts == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+
+
+def test_only_servers_that_have_sessions_are_asked_to_open_one(servers, control):
+    servers[0].sglang = "0.5.12"
+    control.describe(Deadline(5))
+    control.begin_update(Deadline(5))
+    control.end_update(Deadline(5))
+    assert [server.posts for server in servers] == [[], ["/begin_weight_update", "/end_weight_update"]]
+    servers[0].sglang = "0.5.22"  # it was started again, by a newer one
+    control.describe(Deadline(5))
+    control.begin_update(Deadline(5))
+    assert servers[0].posts == ["/begin_weight_update"]
+
+
+@pytest.mark.parametrize(("sglang", "pauses"), [("0.5.12", ["abort", "retract"]), ("0.5.23", ["retract"])])
+def test_a_server_that_names_one_version_for_a_response_ends_its_requests(servers, control, sglang, pauses):
+    servers[1].sglang = sglang
+    control.describe(Deadline(5))
+    begin_update(control, "pause", True, Deadline(5))
+    assert [body["mode"] for path, body in servers[1].calls if path == "/pause_generation"] == pauses
 
 
 def test_attempt_goes_on_after_a_refusal(servers, control):

@@ -130,3 +130,16 @@ def test_a_server_that_refuses_a_bucket_is_named_at_once(server, control):
     with pytest.raises(ServerError, match=f"{server.url}{UPDATE}: status 400: no session is open"):
         group.send(bucket(), Deadline(DEADLINE_S))
     group.abandon()
+
+
+def test_a_server_whose_torch_may_have_another_backend_of_that_name_is_refused_before_a_group_is_made() -> None:
+    server = FakeServer(sglang="0.5.24")
+    server.start()
+    control = SGLangControl([server.url], KEY)
+    try:
+        with pytest.raises(ServerError, match=rf"^{server.url}: SGLang 0\.5\.24: its torch may name another backend"):
+            UpdateGroup.form(control, "nccl", Deadline(20.0))
+        assert server.posts == []
+    finally:
+        control.close()
+        server.die()
