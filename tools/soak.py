@@ -35,7 +35,6 @@ def main(
     max_gap: Annotated[float, typer.Option(help="Largest gap of log-probs between trainer and servers.")] = 1e-3,
     max_growth: Annotated[float, typer.Option(help="Largest growth of a process's memory.")] = 0.02,
     together: Annotated[bool, typer.Option(help="Do both runs at the same time.")] = False,
-    go_on: Annotated[bool, typer.Option("--go-on", help="Go on with the runs in OUT, for these hours.")] = False,
 ) -> None:
     """Exit code 0: every law held; 1: one did not."""
     from megatron_dypo.ending import Cause
@@ -49,8 +48,7 @@ def main(
     stories: dict[Path, Story] = {}
 
     def run(folder: Path, max_faults: int) -> None:
-        if not go_on:
-            _require_vacant(folder)
+        _require_vacant(folder)
         command = train_command(config, [*(overrides or []), f"run.dir={folder}"])
         soak = Soak(
             command,
@@ -94,7 +92,7 @@ def main(
 
 def _require_vacant(folder: Path) -> None:
     if folder.exists():
-        raise typer.BadParameter(f"{folder} exists: remove it, choose another --out, or give --go-on")
+        raise typer.BadParameter(f"{folder} exists: remove it, or choose another --out")
 
 
 def compare_accuracies(calm: Records, faults: Records) -> tuple[int | None, dict[str, dict[str, list[float]]]]:

@@ -81,12 +81,18 @@ DAMAGE = "damage a checkpoint"
 """A fault between two starts; see :func:`flip_a_bit`."""
 
 
-def flip_a_bit(run_dir: Path, rng: random.Random) -> str | None:
-    """Flip one bit of a file of the newest checkpoint; None if there is no older one to go back to."""
+def flip_a_bit(run_dir: Path, rng: random.Random, damaged: set[str]) -> str | None:
+    """Flip one bit of a file of the newest checkpoint; None if there is no whole older one to go back to.
+
+    Args:
+        damaged: names of the checkpoints that have been damaged; the newest joins them.
+    """
     folder = run_dir / CHECKPOINTS
     latest = find_latest(folder)
-    if latest is None or len([path for path in folder.glob("step_*") if path.is_dir()]) < 2:
+    whole = {path.name for path in folder.glob("step_*") if path.is_dir()} - damaged
+    if latest is None or latest.name not in whole or len(whole) < 2:
         return None
+    damaged.add(latest.name)
     file = rng.choice(sorted(path for path in latest.rglob("*") if path.is_file() and path.stat().st_size))
     content = bytearray(file.read_bytes())
     place = rng.randrange(8 * len(content))

@@ -79,6 +79,7 @@ class Soak:
         self._command, self._run_dir, self._say = list(command), run_dir, say
         self._mean_gap_s, self._max_faults = mean_gap_s, max_faults
         self._rng = random.Random(seed)
+        self._damaged: set[str] = set()
         self.story = Story()
 
     def run(self, deadline_s: float) -> Story:
@@ -144,7 +145,8 @@ class Soak:
                     return
 
     def _damage(self) -> None:
-        if self.story.ends and self._rng.random() < 0.25 and (words := flip_a_bit(self._run_dir, self._rng)):
+        may_be = self.story.ends and len(self.story.events) < self._max_faults
+        if may_be and self._rng.random() < 0.25 and (words := flip_a_bit(self._run_dir, self._rng, self._damaged)):
             self._note(DAMAGE, words, time.time(), self._step())
 
     def _note(self, kind: str, words: str, moment: float, step: int) -> None:

@@ -34,7 +34,7 @@ SET_ALLOCATOR = PrivateName(
     package="torch",
     module="torch.cuda.memory",
     name="_set_allocator_settings",
-    source="pytorch/pytorch v2.13.0 torch/cuda/memory.py",
+    source="pytorch/pytorch v2.13.0 torch/cuda/memory.py:1195",
     oldest="2.2",
 )
 """Changes settings of the allocator of PYTORCH_CUDA_ALLOC_CONF while the process runs."""

@@ -75,14 +75,16 @@ def test_accuracies_are_compared_at_the_last_step_at_which_both_runs_were_evalua
 
 
 def test_one_bit_of_the_newest_checkpoint_is_flipped_if_there_is_an_older_one(tmp_path: Path) -> None:
+    damaged = set[str]()
     for step in (1, 2):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text("{}")
         if step == 1:
-            assert flip_a_bit(tmp_path, random.Random(1)) is None
+            assert flip_a_bit(tmp_path, random.Random(1), damaged) is None
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
-    assert flip_a_bit(tmp_path, random.Random(1)) is not None
+    assert flip_a_bit(tmp_path, random.Random(1), damaged) is not None
+    assert flip_a_bit(tmp_path, random.Random(2), damaged) is None, "the only whole one stays so"
     contents = [(tmp_path / "checkpoints" / f"step_00000{n}" / "trainer_state.json").read_bytes() for n in (1, 2)]
     different = [bin(a ^ b).count("1") for a, b in zip(b"{}", contents[1], strict=True)]
     assert contents[0] == b"{}"
