@@ -47,9 +47,11 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
     """Check the objective, the model's config.json against the layout, and which files are missing."""
     # These bring torch, which --help need not wait for.
     from megatron_dypo.loop.teacher import require_logprob_sources
+    from megatron_dypo.mcore.options.check import option_problems
     from megatron_dypo.objective.recipes.registry import build_objective
 
     found.missing += _missing_files(config)
+    found.problems += option_problems(config)
     with found.noting():
         require_logprob_sources(config, build_objective(config.objective))
     if not (Path(config.model.hf_path) / "config.json").is_file():

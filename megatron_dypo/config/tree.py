@@ -86,6 +86,11 @@ class Config:
             "model.fp8.param_gather=true",
             "needs optimizer.distributed=true, which gathers parameters",
         )
+        require(
+            not (self.optimizer.overlap_param_gather and self.model.fp8.param_gather),
+            "optimizer.overlap_param_gather=true",
+            "needs model.fp8.param_gather=false: quantised parameters are gathered at the end of the update",
+        )
 
     @property
     def token_multiple(self) -> int:

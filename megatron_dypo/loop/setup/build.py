@@ -31,9 +31,11 @@ from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import step_of
 from megatron_dypo.mcore.checkpoints.verify import all_ranks
+from megatron_dypo.mcore.options.check import require_options
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
+from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -178,6 +180,7 @@ def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> 
     stack.callback(close, layout)
     found = features.probe()
     features.require_fp8(config.model.fp8, found)
+    require_options(config, load_architecture(config.model.hf_path), found)
     memory, capability = memory_bytes(), compute_capability()
     if config.run.check_memory and memory is not None and capability is not None:
         check_memory(

@@ -26,6 +26,7 @@ def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timi
         layout,
         distributed_optimizer=config.optimizer.distributed,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
     )
     load_initial_weights(chunks, config.model, arch, layout)
     optimizer = build_optimizer(
