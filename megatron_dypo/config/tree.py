@@ -21,6 +21,7 @@ from megatron_dypo.config.probe import ProbeConfig
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.run import CheckpointConfig, ExportConfig, LoggingConfig, RunConfig
+from megatron_dypo.config.server_flags import require_refittable
 from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
 
 
@@ -81,6 +82,7 @@ class Config:
             "refit.offload_servers=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
+        require_refittable(self.rollout.servers.extra_args, self.refit.transport)
         require(
             self.optimizer.distributed or not self.model.fp8.param_gather,
             "model.fp8.param_gather=true",

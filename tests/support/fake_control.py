@@ -24,6 +24,8 @@ class FakeServer:
     tp_size: int = 1
     ep_size: int = 1
     loaders: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    """More of the answer to ``/server_info``."""
     version: str = "default"
     url: str = ""
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -69,7 +71,7 @@ class FakeServer:
             return 200, info
         if path == "/server_info":
             sizes = {"tp_size": self.tp_size, "ep_size": self.ep_size, "pp_size": 1, "dp_size": 1}
-            return 200, {**sizes, "custom_weight_loader": list(self.loaders)}
+            return 200, {**sizes, "custom_weight_loader": list(self.loaders), **self.settings}
         if path == "/update_weight_version":
             self.version = body["new_version"]
         return 200, {"success": True, "message": "Success"}

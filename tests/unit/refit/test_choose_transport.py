@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_dypo.config.refit import RefitConfig
+from megatron_dypo.config.server_flags import settings_of
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.transports.connect import choose, is_here
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
@@ -25,6 +26,8 @@ HERE = ServerInfo(
 AWAY = dataclasses.replace(HERE, url="http://192.0.2.1:1")
 STOCK = dataclasses.replace(HERE, url="http://127.0.0.1:2", custom_loaders=())
 STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
+SPREAD = dataclasses.replace(HERE, settings=settings_of({"tp_size": 2, "attn_dp_size": 2, "enable_eplb": False}))
+MOVING = dataclasses.replace(HERE, settings=settings_of({"ep_num_redundant_experts": 4}))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,13 @@ STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
         ([HERE], False, "p2p", "not local: the trainer's ranks are on several hosts"),
         ([HERE, STOCK], True, "broadcast", "not p2p: http://127.0.0.1:2: custom_weight_loader=[]"),
         ([STAGED], True, "broadcast", "pipeline_parallel=2"),
+        (
+            [SPREAD],
+            True,
+            "broadcast",
+            "not p2p: http://127.0.0.1:1: attn_dp_size=2: the plan of p2p and local knows no",
+        ),
+        ([HERE, MOVING], True, "broadcast", "ep_num_redundant_experts=4: "),
     ],
 )
 def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_host, kind, reason):
