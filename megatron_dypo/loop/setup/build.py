@@ -14,6 +14,7 @@ from megatron_dypo.config.reading.load import dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.recorder import NoWriter, Writer
 from megatron_dypo.loop.books.tally import Tally
+from megatron_dypo.loop.profiler import Profiler
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import MeshRanks
 from megatron_dypo.loop.replica import Follower, Replica
@@ -82,7 +83,7 @@ def open_run(config: Config) -> Iterator[Run]:
             writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)
-        yield Run(
+        run = Run(
             config=config,
             ranks=base.ranks,
             policy=base.policy,
@@ -95,6 +96,8 @@ def open_run(config: Config) -> Iterator[Run]:
             tally=base.tally,
             teacher=teacher,
         )
+        _attach_profiler(run, layout)
+        yield run
 
 
 @contextlib.contextmanager
@@ -122,6 +125,17 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
             timings=base.timings,
             tally=base.tally,
         )
+
+
+def _attach_profiler(run: Run, layout: MeshRank) -> None:
+    """Let the parts of this run's steps be profiled, if the config asks for it."""
+    run.timings.around = Profiler(
+        cfg=run.config.profile,
+        rank=layout.rank,
+        run_dir=run.dir,
+        step=lambda: run.progress.step + 1,
+        note=run.timings.note,
+    ).around
 
 
 def _open_replica(base: Foundation) -> tuple[OpenedLeader | Follower, Replica]:

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from megatron_dypo.planning.devices import find_rates
 from megatron_dypo.types import SampleKind
 from tests.support.tool_commands import run_tool
-from tools.gpu_parts.check import PartError, compare, compare_tensors, find_rates, precisions, run_check
+from tools.gpu_parts.check import PartError, compare, compare_tensors, precisions, run_check
 from tools.gpu_parts.logprob_speed import ProjectionSizes
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
 
