@@ -42,7 +42,7 @@ class Setting:
     """A setting of a server that a refit cannot serve."""
 
     name: str
-    """As ``/server_info`` has it."""
+    """Name in the answer to ``/server_info``."""
     flags: tuple[str, ...]
     reason: str
     plain: tuple[object, ...] = (None, False, 0, 1)

@@ -44,7 +44,12 @@ def train(config: Config) -> None:
 
     run_dir, rank = Path(config.run.dir), int(os.environ.get("RANK", "0"))
     with memory_picture(config.profile, rank, run_dir), open_run(config) as run:
-        train_run(run)
+        if config.run.smoke:
+            from megatron_dypo.loop.smoke import smoke  # which imports this module
+
+            smoke(run)
+        else:
+            train_run(run)
 
 
 def train_run(run: Run) -> None:

@@ -43,6 +43,7 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.models.load import load_hf_weights
+from megatron_dypo.models.random_model import fill_random
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -154,6 +155,12 @@ def load_initial_weights(
         reader = HFReader(model.hf_path)
         load_hf_weights(fp8.named_initial_values(chunks), reader, arch, layout)
         fp8.quantize_initial_values(chunks)
+
+
+def draw_initial_weights(chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshRank, *, seed: int) -> None:
+    """Fill the parameters with random values, the same on ranks that hold the same parameters."""
+    fill_random(fp8.named_initial_values(chunks), arch, layout, seed)
+    fp8.quantize_initial_values(chunks)
 
 
 def _build_chunk(

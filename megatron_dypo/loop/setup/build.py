@@ -72,7 +72,7 @@ def open_run(config: Config) -> Iterator[Run]:
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
-        if base.policy.keeps_reference and config.objective.reference.mode == "frozen":
+        if base.policy.keeps_reference and config.objective.reference.mode == "frozen" and not config.run.smoke:
             base = replace(base, reference_files=hash_reference(config.model))
         opened, replica = _open_replica(base)
         servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
