@@ -1,5 +1,6 @@
 """The order of a refit's calls, and the state after a failure of each: one rank, fake servers, the disk transport."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.lockstep import RefitError
 from megatron_dypo.refit.model_checks import check_names
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
+from tests.support.fake_control import KEY
 from tests.support.refit_setting import HF_CONFIG
 
 GOOD_REFIT = [
@@ -143,6 +147,16 @@ def test_a_server_that_the_plan_does_not_know_is_refused_before_the_pause(settin
     with pytest.raises(RefitError, match=f"{setting.servers[0].url}: {words}"):
         setting.refitter.refit(1)
     assert all("/pause_generation" not in server.posts for server in setting.servers)
+
+
+def test_replicas_of_attention_are_no_replicas_of_the_server(setting):
+    """Before 0.5.23 SGLang reported them as dp_size. A broadcast then has as many ranks as tp_size says."""
+    server = setting.servers[0]
+    with contextlib.closing(SGLangControl([server.url], KEY)) as control:
+        for settings, replicas in (({"dp_size": 2}, 2), ({"dp_size": 2, "enable_dp_attention": True}, 1)):
+            server.settings = settings
+            (info,) = control.describe(Deadline(5.0))
+            assert info.data_parallel == replicas
 
 
 def test_sglangs_own_update_serves_attention_data_parallelism(setting):
