@@ -47,9 +47,11 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
     """Check the objective, the model's config.json against the layout, and which files are missing."""
     # These bring torch, which --help need not wait for.
     from megatron_dypo.loop.teacher import require_logprob_sources
+    from megatron_dypo.mcore.options.check import option_problems
     from megatron_dypo.objective.recipes.registry import build_objective
 
     found.missing += _missing_files(config)
+    found.problems += option_problems(config)
     with found.noting():
         require_logprob_sources(config, build_objective(config.objective))
     if not (Path(config.model.hf_path) / "config.json").is_file():
@@ -75,7 +77,7 @@ def check_weights(config: Config, found: Findings) -> None:
     from megatron_dypo.models.hf.files import SafetensorsFiles
 
     folder = Path(config.model.hf_path)
-    if config.model.mcore_path is None and any(folder.glob("*.safetensors")):
+    if config.model.mcore_path is None and not config.run.smoke and any(folder.glob("*.safetensors")):
         with found.noting():
             SafetensorsFiles(folder)
 
@@ -120,6 +122,8 @@ def _missing_files(config: Config) -> list[str]:
         return [*missing, f"{key}: no config.json there"]
     if not any(os.path.lexists(folder / name) for name in _TOKENIZERS):
         missing.append(f"{key}: no {' and no '.join(_TOKENIZERS)} there")
+    if config.run.smoke:
+        return missing  # its weights are random
     if config.model.mcore_path is None:
         if not any(folder.glob("*.safetensors")):
             missing.append(f"{key}: no *.safetensors there, which a plan does without")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.fp8 import Fp8Config
@@ -24,12 +25,19 @@ class ModelConfig:
     """Type of the parameters in forward and backward passes. The optimizer's main parameters are always fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping (Megatron's ``recompute_granularity``)."""
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """Parts of a layer that ``recompute: selective`` computes again, such as ``[core_attn, layernorm, moe_act]``. The
+    installed Megatron says which there are."""
     logprob_memory_mib: float | None = None
     """Scratch memory for logits in MiB. It sets how many response tokens are processed per chunk (at least one); it
     changes speed, not results. ``null``: half the size of this rank's output weight in fp32, and at least 256."""
     moe_aux_loss_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss. ``null``: ``router_aux_loss_coef`` of the HF config."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of Megatron's ``TransformerConfig``, such as ``{attention_backend: flash}``. Names and types are
+    those of the installed version. Fields that other keys or the model's files decide are refused
+    (docs/megatron_options.md)."""
 
     def __post_init__(self) -> None:
         require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
@@ -38,6 +46,12 @@ class ModelConfig:
             f"fp8.recipe={self.fp8.recipe}",
             f"needs dtype=bfloat16 around it, got {self.dtype}",
         )
+        require(
+            self.recompute_modules == ("core_attn",) or self.recompute == "selective",
+            f"recompute_modules={list(self.recompute_modules)}",
+            f"needs recompute=selective, got {self.recompute}",
+        )
+        require(bool(self.recompute_modules), "recompute_modules=[]", "name at least one; recompute=none has none")
         if self.moe_aux_loss_coef is not None:
             require_not_negative(self, "moe_aux_loss_coef")
         if self.logprob_memory_mib is not None:
@@ -75,10 +89,21 @@ class ParallelConfig:
     keeps experts whole, at any ``tensor``."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
+    expert_dispatcher: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
+    """How tokens get to their experts. ``alltoall``: by NCCL or gloo. ``deepep``, ``hybridep``: by DeepEP's kernels
+    (Megatron's ``flex`` dispatcher); these need GPUs, the package ``deep_ep``, and more than one rank of experts."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of Megatron's ``DistributedDataParallelConfig``, such as ``{bucket_size: 40000000}``. Names and types
+    are those of the installed version. Fields that other keys decide are refused (docs/megatron_options.md)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "tensor", "pipeline", "context", "expert", "expert_tensor")
         require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
+        require(
+            self.expert_dispatcher == "alltoall" or self.expert * self.expert_tensor > 1,
+            f"expert_dispatcher={self.expert_dispatcher}",
+            f"needs expert × expert_tensor > 1, got {self.expert} × {self.expert_tensor}",
+        )
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
             require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")

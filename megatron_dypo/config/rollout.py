@@ -8,31 +8,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
+from megatron_dypo.config.server_flags import require_free_flags
 from megatron_dypo.config.urls import require_host, require_urls
 from megatron_dypo.config.words import counted
 
 _MAX_PORT = 65535
 MAX_DEADLINE_S = 1e8
 """Longest deadline: three years. Deadlines become time-outs of libraries, which overflow somewhere above."""
-_OWN_FLAGS = {
-    "--model-path": "model.hf_path",
-    "--model": "model.hf_path",
-    "--dtype": "model.dtype",
-    "--random-seed": "run.seed",
-    "--host": "rollout.servers.host",
-    "--port": "rollout.servers.port",
-    "--tp-size": "rollout.servers.tensor_parallel",
-    "--tensor-parallel-size": "rollout.servers.tensor_parallel",
-    "--base-gpu-id": "rollout.servers.base_gpu",
-    "--mem-fraction-static": "rollout.servers.mem_fraction",
-    "--max-total-tokens": "rollout.servers.max_total_tokens",
-    "--api-key": "the environment variable that rollout.servers.api_key_env names",
-    "--config": None,
-    "--skip-tokenizer-init": None,
-    "--custom-weight-loader": None,
-    "--weight-version": None,
-}
-"""Flags of SGLang that a run sets, each with the key to use instead; None: no key sets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +48,9 @@ class ServersConfig:
     """Size of the KV cache in tokens (SGLang's ``--max-total-tokens``). ``null``: on a GPU, SGLang's choice; on a CPU,
     20,000."""
     extra_args: tuple[str, ...] = ()
-    """More arguments for ``sglang.launch_server``. Flags that other keys set are refused."""
+    """More arguments for ``sglang.launch_server``. Flags that other keys set are refused, and those of servers that no
+    refit serves: a weight cache, a draft model. Servers with attention data parallelism, moving or redundant experts
+    need ``refit.transport`` ``auto``, ``broadcast`` or ``disk``."""
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Name of the environment variable with the servers' API key. If it is unset, servers that the run starts get a
     random key."""
@@ -107,7 +91,7 @@ class ServersConfig:
         is_name = bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env))
         # A key that was written here by mistake must not be shown.
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
-        _require_free_flags(self.extra_args)
+        require_free_flags(self.extra_args)
         require(
             not self.urls_are_restarted or bool(self.urls),
             "urls_are_restarted=true",
@@ -127,18 +111,6 @@ class ServersConfig:
             return len(self.urls)
         span = -(-self.tensor_parallel // gpus_per_node)
         return (self.nodes // span if self.nodes % span == 0 else self.nodes) * self.per_node
-
-
-def _require_free_flags(extra_args: tuple[str, ...]) -> None:
-    """Require SGLang's arguments to repeat no flag that the run sets. Shortened flags count too, since argparse accepts
-    them."""
-    for argument in extra_args:
-        flag = argument.split("=", 1)[0].strip().split(" ", 1)[0]
-        own = [name for name in _OWN_FLAGS if name == flag or (len(flag) > 2 and name.startswith(flag))]
-        if flag.startswith("--") and own:
-            key = _OWN_FLAGS[own[0]]
-            advice = f"use {key} instead" if key else "leave it out, the run sets it"
-            raise ValueError(f"extra_args={flag!r}: {advice}")
 
 
 def _require_deadlines(section: object, *names: str) -> None:

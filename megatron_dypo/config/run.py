@@ -24,6 +24,10 @@ class RunConfig:
     """Seed of the shuffling, the draw of teachers and Megatron's random number generators."""
     resume: bool = True
     """Resume from the run folder's checkpoint. ``false``: refuse a run folder that holds one."""
+    smoke: bool = False
+    """Make one step with random weights at full size in ``<run.dir>/smoke``, say what it took, and end. It needs
+    ``config.json`` and the tokenizer of ``model.hf_path``, but no weights, and saves none. It proves that the layout
+    fits and runs on this machine, servers and refit included. docs/planning.md says what it does not prove."""
     check_memory: bool = True
     """On GPUs, refuse a run that does not fit into memory according to ``megatron-dypo plan``."""
     watchdog_s: float = 1800.0

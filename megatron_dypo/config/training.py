@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 
@@ -48,8 +49,11 @@ class BatchingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and the schedule of its learning rate."""
+    """The optimizer and the schedule of its learning rate."""
 
+    algorithm: Literal["adam", "muon"] = "adam"
+    """``adam``: AdamW. ``muon``: Muon for the matrices of the layers, and AdamW for the rest; it needs the package
+    ``emerging_optimizers``. ``optimizer.megatron`` has its fields (``muon_momentum`` and others)."""
     lr: float = 1e-6
     """Peak learning rate (paper: 1e-6)."""
     min_lr: float = 0.0
@@ -72,6 +76,16 @@ class OptimizerConfig:
     """Shard the optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs ``distributed`` and ``overlap_grad_reduce``. A
+    refit, a checkpoint or another reader of the weights gathers what is missing first."""
+    precision_aware: bool = False
+    """Keep gradients and moments in types that ``optimizer.megatron`` names (``main_grads_dtype``, ``exp_avg_dtype``,
+    ``exp_avg_sq_dtype``), and of main parameters only the bits that the parameters lack. Needs ``distributed`` and
+    Transformer Engine (Megatron's ``use_precision_aware_optimizer``)."""
+    cpu_offload: float = 0.0
+    """Share of the optimizer's state that is kept and stepped on the host (Megatron's ``optimizer_cpu_offload``). Needs
+    ``distributed``, ``precision_aware`` and a GPU. 0: none."""
     max_bad_steps: int = 3
     """An update whose gradients are not finite is skipped. This many of them in a row end the run."""
     on_bad_step: Literal["skip", "stop", "roll_back"] = "skip"
@@ -81,6 +95,9 @@ class OptimizerConfig:
     such an update are dumped for ``megatron-dypo replay``."""
     max_rollbacks: int = 3
     """With ``roll_back``: one start of the run goes back at most this many times; the next time ends it."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of Megatron's ``OptimizerConfig``, such as ``{exp_avg_dtype: bfloat16}``. Names and types are those
+    of the installed version. Fields that other keys decide are refused (docs/megatron_options.md)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps", "max_bad_steps", "max_rollbacks")
@@ -89,3 +106,24 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value}", "must be in [0, 1)")
+        self._require_partners()
+
+    def _require_partners(self) -> None:
+        """Require the options without which another one does not work."""
+        require(0 <= self.cpu_offload <= 1, f"cpu_offload={self.cpu_offload}", "must be from 0 to 1")
+        require(
+            self.algorithm == "adam" or not self.distributed,
+            f"algorithm={self.algorithm}",
+            "needs distributed=false: it orthogonalises whole matrices",
+        )
+        require(
+            not self.overlap_param_gather or (self.distributed and self.overlap_grad_reduce),
+            "overlap_param_gather=true",
+            "needs distributed=true and overlap_grad_reduce=true",
+        )
+        require(not self.precision_aware or self.distributed, "precision_aware=true", "needs distributed=true")
+        require(
+            not self.cpu_offload or self.precision_aware,
+            f"cpu_offload={self.cpu_offload}",
+            "needs precision_aware=true and distributed=true",
+        )

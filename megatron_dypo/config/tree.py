@@ -18,9 +18,11 @@ from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.probe import ProbeConfig
+from megatron_dypo.config.profile import ProfileConfig
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.run import CheckpointConfig, ExportConfig, LoggingConfig, RunConfig
+from megatron_dypo.config.server_flags import require_refittable
 from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
 
 
@@ -43,12 +45,18 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         require_sound_values(self)
         require(bool(self.data.prompts), "data.prompts=()", "name at least one JSONL or Parquet file")
+        require(
+            max(self.profile.steps, default=0) <= self.run.steps,
+            f"profile.steps={list(self.profile.steps)}",
+            f"must not exceed run.steps={self.run.steps}",
+        )
         for name, value in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
             ("objective.sft_steps", self.objective.sft_steps),
@@ -81,10 +89,16 @@ class Config:
             "refit.offload_servers=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
+        require_refittable(self.rollout.servers.extra_args, self.refit.transport)
         require(
             self.optimizer.distributed or not self.model.fp8.param_gather,
             "model.fp8.param_gather=true",
             "needs optimizer.distributed=true, which gathers parameters",
+        )
+        require(
+            not (self.optimizer.overlap_param_gather and self.model.fp8.param_gather),
+            "optimizer.overlap_param_gather=true",
+            "needs model.fp8.param_gather=false: quantised parameters are gathered at the end of the update",
         )
 
     @property

@@ -37,10 +37,11 @@ def train(
             stop_before_start()
     from megatron_dypo.check.inputs import check_inputs
     from megatron_dypo.config.reading.load import dump_config, load_config
+    from megatron_dypo.config.smoke import smoke_config
     from megatron_dypo.launch.start import launch, train_rank
     from megatron_dypo.metrics.findings import Findings
 
-    resolved = load_config(config, overrides or [])
+    resolved = smoke_config(load_config(config, overrides or []))
     is_checked = ATTEMPT_VARIABLE in os.environ  # by the launcher of this node, which reports each finding once
     found = Findings() if is_checked and not dry_run else check_inputs(resolved)
     if refused := found.refused(dry_run=dry_run, strict=strict):
@@ -125,6 +126,7 @@ def serve(
     ignore_requests()
     _end_cleanly_on(signal.SIGINT, signal.SIGHUP)
     from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.config.smoke import smoke_config
     from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
@@ -132,7 +134,7 @@ def serve(
     from megatron_dypo.rollout.server.process import ServerDiedError
 
     log_to_terminal()
-    resolved = load_config(config, overrides or [])
+    resolved = smoke_config(load_config(config, overrides or []))
     try:
         keep_servers(resolved, device=device_kind(), first=first, log_dir=log_dir, server_args=server_args)
     except (ServerDiedError, TimeoutError) as error:

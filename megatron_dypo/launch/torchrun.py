@@ -165,12 +165,13 @@ def _checked_config(arguments: Sequence[str]) -> Config | None:
     if command is None:
         return None
     from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.config.smoke import smoke_config
     from megatron_dypo.launch.probe_target import probe_target
     from megatron_dypo.launch.start import CHECKED_VARIABLE, check_inputs
 
     name, subject, *overrides = command
     if name == "train":
-        config = load_config(Path(subject), overrides)
+        config = smoke_config(load_config(Path(subject), overrides))
     else:
         config = probe_target(Path(subject), initial="--initial" in arguments).config(overrides)
     if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):

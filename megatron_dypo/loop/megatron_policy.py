@@ -34,7 +34,7 @@ from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.export import export_hf
-from megatron_dypo.models.flops import sequence_cost
+from megatron_dypo.models.flops import model_cost, sequence_cost
 from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.collectives import gather_floats, gather_objects
@@ -112,11 +112,13 @@ class MegatronPolicy:
         with self.timings.measure("update_actor"):
             self.optimizer.zero_grad()
             with (
+                self.timings.inside("forward_backward"),
                 progress(len(parts), "update", "microbatches", enabled=layout.is_global_leader) as bar,
                 until_reduction(self.chunks) as busy,
             ):
                 sums = loss_pass(self.chunks, parts, objective=self.objective, context_group=layout.cp_group, bar=bar)
-            applied = self.optimizer.step()
+            with self.timings.inside("optimizer_step"):
+                applied = self.optimizer.step()
         paces = gather_floats([busy.seconds, sum(costs)])
         metrics = {
             "train/grad_norm": applied.grad_norm,
@@ -131,6 +133,7 @@ class MegatronPolicy:
             sums=add_over_ranks(sums, layout),
             metrics=metrics,
             flops=sum(costs),
+            model_flops=sum(map(model_cost(self.arch).of, samples)),
             samples=samples,
             bins=bins,
             busy_s=[seconds for seconds, _ in paces],

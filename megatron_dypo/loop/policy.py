@@ -18,7 +18,7 @@ from megatron_dypo.types import Floats, Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpdateReport:
-    """The result of one update; only ``flops``, ``samples`` and ``bins`` differ between ranks."""
+    """The result of one update; only ``flops``, ``model_flops``, ``samples`` and ``bins`` differ between ranks."""
 
     is_applied: bool
     """False: the gradients were not finite, and the weights stay as they were."""
@@ -28,6 +28,8 @@ class UpdateReport:
     """Metrics of the optimizer and of packing."""
     flops: float
     """Work of this replica (see ``models.flops``)."""
+    model_flops: float = 0.0
+    """FLOPs of this replica without recomputation."""
     samples: Sequence[Sample]
     """The samples that this replica learned from, on all of its ranks."""
     bins: Sequence[Sequence[int]] = ()

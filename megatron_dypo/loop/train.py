@@ -8,6 +8,7 @@ the parts of the run in the order in which they act.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
@@ -20,6 +21,7 @@ from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.evaluate import Evaluator, evaluate
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.probe import Prober, probe
+from megatron_dypo.loop.profiler import memory_picture
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.resume import Checkpointer, save_if_due, save_unless_saved
 from megatron_dypo.loop.state import Run
@@ -40,8 +42,14 @@ def train(config: Config) -> None:
     """
     from megatron_dypo.loop.setup.build import open_run  # imports Megatron, which the loop does not need
 
-    with open_run(config) as run:
-        train_run(run)
+    run_dir, rank = Path(config.run.dir), int(os.environ.get("RANK", "0"))
+    with memory_picture(config.profile, rank, run_dir), open_run(config) as run:
+        if config.run.smoke:
+            from megatron_dypo.loop.smoke import smoke  # which imports this module
+
+            smoke(run)
+        else:
+            train_run(run)
 
 
 def train_run(run: Run) -> None:

@@ -62,7 +62,7 @@ def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) ->
     weighted = token_weights(groups, totals, objective, step=progress.step, tally=tally)
     tally_update(tally, weighted, progress.step, old_is_rollout=updater.old_is_rollout)
     report = updater.policy.update(weighted)
-    tally_work(tally, report.flops)
+    tally_work(tally, report.flops, report.model_flops)
     end = count_update(progress, report, updater.policy, updater.replica, updater.ranks, updater.bad_steps)
     return Update(totals=totals, report=report, end=end)
 

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dypo.mcore.param_gather import finish_gather
 from megatron_dypo.models.families.registry import expert_parameter
 
 
@@ -59,6 +60,7 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
 
     With tied embeddings and more than one pipeline stage the last stage has its copy as ``output_layer.weight``.
     """
+    finish_gather(chunks)
     for chunk in chunks:
         model = unwrap(chunk)
         global_index = {str(i): layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}

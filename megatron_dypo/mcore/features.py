@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.fp8 import Fp8Config, Recipe, dotted, missing_capability
+from megatron_dypo.config.model import ParallelConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 _GPU_ONLY = ("transformer_engine", "apex")
+_MUON_SINCE = (0, 17)
+"""Megatron whose Muon works with the ``emerging_optimizers`` that PyPI has."""
+_PACKAGES = ("deep_ep", "emerging_optimizers")
 _OLDEST_TE: dict[Recipe, tuple[int, int]] = {
     "delayed": (2, 0),
     "tensorwise": (2, 2),
@@ -47,6 +52,50 @@ class Features:
     """Weight-gradient GEMMs add into the main gradient (Apex' ``fused_weight_gradient_mlp_cuda``)."""
     fp8_obstacles: Mapping[str, str] = field(default_factory=dict)
     """FP8 recipe → reason, for each recipe that cannot run on this machine."""
+    on_gpu: bool = False
+    packages: frozenset[str] = frozenset()
+    """Those of ``deep_ep`` and ``emerging_optimizers`` that are installed."""
+    megatron: str = ""
+    """Version of megatron-core."""
+
+    def require(self, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
+        """Refuse named options that this machine cannot run.
+
+        Raises:
+            ValueError: e.g. ``optimizer.cpu_offload=0.5: needs a GPU: this machine has none``.
+        """
+        dispatcher, no_gpu = parallel.expert_dispatcher, "a GPU: this machine has none"
+        muon = "optimizer.algorithm=muon"
+        needs = (
+            (dispatcher != "alltoall", self.on_gpu, f"parallel.expert_dispatcher={dispatcher}", no_gpu),
+            (optimizer.cpu_offload > 0, self.on_gpu, f"optimizer.cpu_offload={optimizer.cpu_offload}", no_gpu),
+            (
+                optimizer.precision_aware,
+                self.transformer_engine,
+                "optimizer.precision_aware=true",
+                "Transformer Engine, which is not in use here",
+            ),
+            (
+                dispatcher != "alltoall",
+                "deep_ep" in self.packages,
+                f"parallel.expert_dispatcher={dispatcher}",
+                "the package deep_ep, which is not installed",
+            ),
+            (
+                optimizer.algorithm == "muon",
+                "emerging_optimizers" in self.packages,
+                muon,
+                "the package emerging_optimizers, which is not installed",
+            ),
+            (
+                optimizer.algorithm == "muon",
+                _version(self.megatron) >= _MUON_SINCE,
+                muon,
+                f"megatron-core {dotted(_MUON_SINCE)} or newer, found {self.megatron}",
+            ),
+        )
+        for is_asked, is_there, value, what in needs:
+            require(is_there or not is_asked, value, f"needs {what}")
 
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.transformer_engine else "torch, padded causal attention"
@@ -85,6 +134,9 @@ def probe() -> Features:
             capability=device.compute_capability(),
             toolkit=device.toolkit_version(),
         ),
+        on_gpu=usable,
+        megatron=importlib.metadata.version("megatron-core"),
+        packages=frozenset(name for name in _PACKAGES if importlib.util.find_spec(name) is not None),
     )
 
 

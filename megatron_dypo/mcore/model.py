@@ -15,6 +15,7 @@ differ in T. An interleaved schedule needs a number of microbatches that ``pipel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import (
     DistributedDataParallel,
-    DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.transformer.module import Float16Module
@@ -33,12 +33,17 @@ from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints.weights import load_weights
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
 from megatron_dypo.mcore.moe_router import mark_experts, moe_settings
+from megatron_dypo.mcore.options.denied import MODEL
+from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, named, recompute
+from megatron_dypo.mcore.options.reading import Mapped, make
+from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.models.load import load_hf_weights
+from megatron_dypo.models.random_model import fill_random
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -51,6 +56,7 @@ def build_model(
     *,
     distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
     """Build the chunks of this pipeline rank, in the order of their virtual stages. Parameters are uninitialised
     memory.
@@ -60,18 +66,21 @@ def build_model(
     is ignored; with a 2-tuple Megatron would divide by the number of microbatches.
 
     Raises:
-        ValueError: the layout does not suit the architecture, or an FP8 recipe does not suit it or the machine.
+        ValueError: the layout does not suit the architecture, or an FP8 recipe or an option of Megatron does not suit
+            it or the machine.
     """
     check_layout(arch, parallel)
     check_fp8_sizes(arch, parallel, model.fp8)
     features = probe()
     require_fp8(model.fp8, features)
     config, layers = transformer_config(arch, model, parallel, features), layout.mesh.chunks(arch.num_layers)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+    ddp_config = data_parallel_config(
+        model,
+        parallel,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        align_param_gather=overlap_param_gather,  # a hook then begins no gather of its own
         use_distributed_optimizer=distributed_optimizer,
-        **fp8.gather_settings(model.fp8),
     )
     chunks = []
     for stage in range(layout.virtual_pipeline):
@@ -81,6 +90,8 @@ def build_model(
         wrapped = Float16Module(config, module) if config.bf16 else module
         # Only the first chunk's gradients can be reduced while others still compute, so only it needs buckets.
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
+        if overlap_param_gather:
+            module.before_output = functools.partial(finish_one, chunks[-1])
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     config.finalize_model_grads_func = _finalize
     return chunks
@@ -89,10 +100,18 @@ def build_model(
 def transformer_config(
     arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features
 ) -> TransformerConfig:
-    """Return Megatron's configuration of the architecture under these axes."""
+    """Return Megatron's configuration of the architecture under these axes.
+
+    Raises:
+        ValueError: ``model.megatron`` names a field that is denied, unknown or of another type, or Megatron refuses the
+            values.
+    """
     dtype = getattr(torch, model.dtype)  # the config's names are torch's
     interleaved = parallel.virtual_pipeline is not None
-    return TransformerConfig(
+    return make(
+        TransformerConfig,
+        Mapped("model.megatron", model.megatron, MODEL),
+        named(model, parallel),
         **_sizes(arch),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -105,8 +124,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,
         variable_seq_lengths=parallel.pipeline > 1,
-        # The default dispatcher forbids variable lengths, even where there are no experts.
-        moe_token_dispatcher_type="alltoall",
+        **dispatcher(parallel),
         # Interleaving with batched p2p gives wrong gradients without an error; 1F1B knows no overlap.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -116,7 +134,7 @@ def transformer_config(
         apply_rope_fusion=features.transformer_engine,
         gradient_accumulation_fusion=features.grad_accumulation_fusion,
         attention_softmax_in_fp32=True,
-        **_recompute(model),
+        **recompute(model),
         **_experts(arch, model, parallel, features),
         **fp8.layer_settings(model.fp8),
     )
@@ -137,6 +155,12 @@ def load_initial_weights(
         reader = HFReader(model.hf_path)
         load_hf_weights(fp8.named_initial_values(chunks), reader, arch, layout)
         fp8.quantize_initial_values(chunks)
+
+
+def draw_initial_weights(chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshRank, *, seed: int) -> None:
+    """Fill the parameters with random values, the same on ranks that hold the same parameters."""
+    fill_random(fp8.named_initial_values(chunks), arch, layout, seed)
+    fp8.quantize_initial_values(chunks)
 
 
 def _build_chunk(
@@ -212,14 +236,6 @@ def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, f
     )
 
 
-def _recompute(model: ModelConfig) -> dict[str, Any]:
-    if model.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if model.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
-
-
 def _leave_as_is(weight: torch.Tensor) -> None:
     """Do not initialise: keep the uninitialised memory."""
 
@@ -227,3 +243,4 @@ def _leave_as_is(weight: torch.Tensor) -> None:
 def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:
     """Reduce gradients over all axes without dividing by ``num_tokens``, since the loss is already normalised."""
     finalize_model_grads(chunks, None, **groups)
+    keep_whole(chunks)

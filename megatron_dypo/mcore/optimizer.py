@@ -1,4 +1,4 @@
-"""Adam over the chunks of this rank, with gradient clipping and a learning-rate schedule."""
+"""Adam or Muon over the chunks of this rank, with gradient clipping and a learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.muon import get_megatron_muon_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.mcore.compat.main_params import copy_main_params
 from megatron_dypo.mcore.fp8 import optimizer_settings
+from megatron_dypo.mcore.options.denied import OPTIMIZER
+from megatron_dypo.mcore.options.reading import Mapped, make
+from megatron_dypo.mcore.param_gather import begin_gather, keep_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +43,21 @@ class PolicyOptimizer:
         chunks: Sequence[DistributedDataParallel],
         megatron: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        *,
+        algorithm: str = "adam",
     ) -> None:
         self.megatron = megatron
         self.num_updates = 0
         """Number of updates tried so far; a checkpoint stores it."""
         self._chunks = chunks
         self._scheduler = scheduler
+        self._algorithm = algorithm
 
     @property
     def kind(self) -> str:
-        """Return the class of Megatron's optimizer, which determines the content of a checkpoint."""
-        return type(self.megatron.chained_optimizers[0]).__name__
+        """Return the class of Megatron's optimizer and its algorithm, which determine the content of a checkpoint."""
+        wrapper = type(self.megatron.chained_optimizers[0]).__name__
+        return wrapper if self._algorithm == "adam" else f"{wrapper} of {self._algorithm}"
 
     def zero_grad(self) -> None:
         """Clear the gradients, before the forward-backward passes of an update."""
@@ -69,6 +77,7 @@ class PolicyOptimizer:
         if not math.isfinite(grad_norm):
             return StepResult(ok=False, grad_norm=grad_norm, lr=lr)
         ok, _, _ = self.megatron.step()
+        begin_gather(self._chunks)
         return StepResult(ok=bool(ok), grad_norm=grad_norm, lr=lr)
 
     def load_state(self, state: Any) -> None:
@@ -125,8 +134,26 @@ def build_optimizer(
     """
     if config.warmup_steps > total_steps:
         raise ValueError(f"warmup_steps={config.warmup_steps}: must not exceed the run's steps={total_steps}")
-    settings = MegatronOptimizerConfig(
-        optimizer="adam",
+    settings = optimizer_config(config, dtype=dtype, fp8=fp8)
+    make_optimizer = get_megatron_muon_optimizer if config.algorithm == "muon" else get_megatron_optimizer
+    megatron = make_optimizer(settings, list(chunks))
+    keep_whole(chunks)
+    scheduler = _scheduler(megatron, config, total_steps)
+    return PolicyOptimizer(chunks, megatron, scheduler, algorithm=config.algorithm)
+
+
+def optimizer_config(config: OptimizerConfig, *, dtype: str, fp8: Fp8Config | None = None) -> MegatronOptimizerConfig:
+    """Return Megatron's configuration of the optimizer.
+
+    Raises:
+        ValueError: ``optimizer.megatron`` names a field that is denied, unknown or of another type, or Megatron refuses
+            the values.
+    """
+    return make(
+        MegatronOptimizerConfig,
+        Mapped("optimizer.megatron", config.megatron, OPTIMIZER),
+        _named(config),
+        optimizer=config.algorithm,
         lr=config.lr,
         min_lr=config.min_lr,
         weight_decay=config.weight_decay,
@@ -137,10 +164,18 @@ def build_optimizer(
         bf16=dtype == "bfloat16",
         params_dtype=getattr(torch, dtype),
         use_distributed_optimizer=config.distributed,
+        overlap_param_gather=config.overlap_param_gather,
+        use_precision_aware_optimizer=config.precision_aware,
+        optimizer_cpu_offload=config.cpu_offload > 0,
+        optimizer_offload_fraction=config.cpu_offload,
         **optimizer_settings(fp8 or Fp8Config()),
     )
-    megatron = get_megatron_optimizer(settings, list(chunks))
-    return PolicyOptimizer(chunks, megatron, _scheduler(megatron, config, total_steps))
+
+
+def _named(config: OptimizerConfig) -> dict[str, Any]:
+    """Return the keys of the config whose values Megatron itself may refuse."""
+    named = {"algorithm": "adam", "precision_aware": False, "cpu_offload": 0.0}
+    return {f"optimizer.{name}": value for name in named if (value := getattr(config, name)) != named[name]}
 
 
 def _scheduler(megatron: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:

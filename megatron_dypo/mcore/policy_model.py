@@ -5,6 +5,7 @@ Shape legend: T tokens of a packed microbatch, N its response tokens, H hidden s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class PolicyModel(ResponseModel):
         self._logprob_memory = logprob_memory
         self.scores_entropy = False
         """Whether entropies are computed in eval mode too."""
+        self.before_output: Callable[[Tensor], None] = _do_nothing
+        """Called with the output weight before it is read. No forward pass of a module reads it, so that Megatron's
+        hooks do not see that."""
 
     def response_outputs(
         self, hidden_T1H: Tensor, targets_N: Tensor, response_N: Tensor
@@ -49,6 +53,7 @@ class PolicyModel(ResponseModel):
             hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)
         is_tied = self.share_embeddings_and_output_weights
         weight_VH = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+        self.before_output(weight_VH)
         return fused_logprobs(
             hidden_NH,
             weight_VH,
@@ -59,6 +64,10 @@ class PolicyModel(ResponseModel):
             memory_budget=self._logprob_memory,
             sink=_main_grad_sink(weight_VH, is_embedding=is_tied and self.pre_process),
         )
+
+
+def _do_nothing(weight: Tensor) -> None:
+    """Do nothing: the weight is whole."""
 
 
 def _main_grad_sink(weight_VH: Tensor, *, is_embedding: bool) -> GradientSink | None:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.fp8 import forget_quantized_weights, values
+from megatron_dypo.mcore.param_gather import finish_gather
 from megatron_dypo.parallel import device
 
 
@@ -45,6 +46,7 @@ class ReferencePolicy:
     def capture(self) -> None:
         """Make the current policy the reference."""
         assert not self._is_in, "the reference itself is in the model"
+        finish_gather(self._chunks)
         for stored, parameter in zip(self._stored, self._parameters, strict=True):
             stored.copy_(values(parameter), non_blocking=True)
         device.synchronize_stream()
@@ -56,6 +58,7 @@ class ReferencePolicy:
         Use it only for forward passes: an optimizer step inside would be lost.
         """
         assert not self._is_in, "the reference is in the model already"
+        finish_gather(self._chunks)
         exchanged = 0
         self._is_in = True
         try:

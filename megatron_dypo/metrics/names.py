@@ -138,6 +138,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/tokens_per_gpu_per_sec", "tokens/s", "the same for each training process"),
     Metric("perf/rollout_tokens_per_sec", "tokens/s", "sampled tokens divided by the time of the rollouts"),
     Metric("perf/update_tokens_per_sec", "tokens/s", "tokens of the update / time of forward and backward"),
+    Metric(
+        "perf/mfu",
+        "fraction",
+        "FLOPs of the update without recomputation / time of forward, backward and optimizer / bf16 rate of the GPUs",
+    ),
+    Metric(
+        "perf/exposed_communication_ratio",
+        "fraction",
+        "share of a profiled step in which rank 0's GPU communicates and computes nothing (profile.tool: torch)",
+    ),
     Metric("perf/wait_time_ratio", "fraction", "share of the step in which the trainer waits for rollouts"),
     Metric("perf/overhead_ratio", "fraction", "timing_s/other over timing_s/step"),
     Metric("perf/slowest_rank", "", "rank whose forward and backward took longest; the others wait for it"),

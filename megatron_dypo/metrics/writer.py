@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -104,7 +104,10 @@ class Timings:
     """
 
     def __init__(self) -> None:
+        self.around: Callable[[str], contextlib.AbstractContextManager[None]] = lambda part: contextlib.nullcontext()
+        """Called with the name of each part; the part runs inside what it returns. A profiler sets it."""
         self._seconds: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
         self._running: str | None = None
 
     @contextlib.contextmanager
@@ -115,17 +118,27 @@ class Timings:
             raise ValueError(f"timing of {part!r} lies within that of {self._running!r}: parts must be disjoint")
         if part != "step":
             self._running = part
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
-            self._running = None
+        with self.around(part):
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
+                self._running = None
+
+    def inside(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Return the profiler's range for a piece of a part, which has no time of its own in the metrics."""
+        return self.around(name)
+
+    def note(self, metric: str, value: float) -> None:
+        """Add a metric of the step to what :meth:`take` returns next."""
+        self._noted[metric] = value
 
     def take(self) -> dict[str, float]:
         """Return the metrics since the last call, and reset the counters."""
         seconds, self._seconds = self._seconds, {}
-        metrics = {f"timing_s/{part}": value for part, value in seconds.items()}
+        noted, self._noted = self._noted, {}
+        metrics = noted | {f"timing_s/{part}": value for part, value in seconds.items()}
         if "step" in seconds:
             other = max(2 * seconds["step"] - sum(seconds.values()), 0.0)
             metrics["timing_s/other"] = other
@@ -153,6 +166,10 @@ def summary_line(step: int, metrics: Mapping[str, float]) -> str:
         _part(metrics, "train/grad_norm", "grad norm {:.3g}"),
         _part(metrics, "train/entropy", "entropy {:.3f}"),
         _part(metrics, "perf/tokens_per_sec", "{:,.0f} tokens/s"),
+        _part(metrics, "perf/tokens_per_gpu_per_sec", "{:,.0f} tokens/s/rank"),
+        _part(metrics, "perf/mfu", "MFU {:.1%}"),
+        _part(metrics, "perf/peak_memory_gib", "{:.1f} GiB"),
+        _part(metrics, "perf/exposed_communication_ratio", "exposed communication {:.1%}"),
         _part(metrics, "timing_s/refit", "refit {:.2f} s"),
         _part(metrics, "timing_s/step", "step {:.1f} s"),
     ]

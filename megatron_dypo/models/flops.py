@@ -16,7 +16,7 @@ names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.types import Sample
@@ -35,6 +35,12 @@ class SequenceCost:
 
     def of(self, sample: Sample) -> float:
         return self(len(sample.tokens), sample.num_response_tokens)
+
+
+def model_cost(arch: Architecture) -> SequenceCost:
+    """Return the FLOPs that an update needs at least: those of :func:`sequence_cost`, with nothing computed twice."""
+    cost = sequence_cost(arch)
+    return replace(cost, response=2.0 * arch.hidden_size * arch.vocab_size * 3)
 
 
 def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:

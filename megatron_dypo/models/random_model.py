@@ -1,10 +1,12 @@
-"""A model folder with random weights, of any family with a name table, for training from scratch and for tests."""
+"""Random weights of any family with a name table: a model folder for training from scratch and for tests, or the
+parameters of one rank."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
-from megatron_dypo.models.families.registry import family_rows
+from megatron_dypo.models.families.registry import family_rows, match
+from megatron_dypo.models.families.table import Row
+from megatron_dypo.parallel.position import Position
 
 
 def write_random_model(folder: Path, hf_config: Mapping[str, Any], seed: int) -> int:
@@ -40,6 +44,34 @@ def write_random_model(folder: Path, hf_config: Mapping[str, Any], seed: int) ->
     return sum(weight.numel() for weight in weights.values())
 
 
+@torch.no_grad()
+def fill_random(
+    named_params: Iterable[tuple[str, torch.Tensor]], arch: Architecture, position: Position, seed: int
+) -> None:
+    """Fill each parameter of the rank at ``position`` in place, with the deviations of :func:`random_weights`.
+
+    Ranks that hold the same part of a parameter draw the same values, also of a tied embedding on two stages. Another
+    layout, and another kind of device, draws others.
+    """
+    for name, parameter in named_params:
+        row = match(name, arch)
+        rank, size = position.shard(is_expert=row.is_expert)
+        is_shared = row.rule.mcore_shape(arch, size) == row.rule.mcore_shape(arch, 1)
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if row.hf[0].endswith(".bias") else 1.0)
+            continue
+        key = f"{seed} {' '.join(row.hf)} {0 if is_shared else rank}"
+        generator = torch.Generator(device=parameter.device)
+        generator.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big"))
+        parameter.normal_(0.0, _deviation(row, arch), generator=generator)
+
+
+def _deviation(row: Row, arch: Architecture) -> float:
+    """Return the standard deviation of a matrix; see :func:`random_weights`."""
+    is_lookup = row.mcore.startswith("embedding.") and not arch.tied_embeddings
+    return 1.0 if is_lookup else 1 / math.sqrt(row.rule.hf_shapes(arch)[0][1])
+
+
 def random_weights(arch: Architecture, seed: int) -> dict[str, torch.Tensor]:
     """Return random weights: HF name → fp32 tensor.
 
@@ -56,7 +88,5 @@ def random_weights(arch: Architecture, seed: int) -> dict[str, torch.Tensor]:
             if len(shape) == 1:
                 weights[name] = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
             else:
-                is_lookup = row.mcore.startswith("embedding.") and not arch.tied_embeddings
-                scale = 1.0 if is_lookup else 1 / math.sqrt(shape[1])
-                weights[name] = torch.randn(shape, generator=generator) * scale
+                weights[name] = torch.randn(shape, generator=generator) * _deviation(row, arch)
     return weights

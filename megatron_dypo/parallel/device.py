@@ -206,6 +206,51 @@ def gpus() -> tuple[str, ...]:
     )
 
 
+def profiled_activities() -> list[torch.profiler.ProfilerActivity]:
+    """Return what torch's profiler records here: the CPU, and the GPU if there is one."""
+    activity = torch.profiler.ProfilerActivity
+    return [activity.CPU, activity.CUDA] if on_gpu() else [activity.CPU]
+
+
+def gpu_spans(profile: torch.profiler.profile) -> list[tuple[str, float, float]]:
+    """Return (name, beginning, end) of each kernel and copy that a profile saw on the GPU, in microseconds."""
+    on_device = torch.autograd.DeviceType.CUDA
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profile.events() or ()
+        if event.device_type == on_device and not event.is_user_annotation
+    ]
+
+
+def is_communication(kernel: str) -> bool:
+    """Return whether a kernel of this name sends or receives: NCCL's, or DeepEP's."""
+    return kernel.startswith("nccl") or "deep_ep" in kernel
+
+
+def begin_capture() -> None:
+    """Tell Nsight Systems that its capture begins; do nothing on a CPU."""
+    if on_gpu():
+        torch.cuda.profiler.start()
+
+
+def end_capture() -> None:
+    """Tell Nsight Systems that its capture ends; do nothing on a CPU."""
+    if on_gpu():
+        torch.cuda.profiler.stop()
+
+
+def push_range(name: str) -> None:
+    """Begin an NVTX range; do nothing on a CPU."""
+    if on_gpu():
+        torch.cuda.nvtx.range_push(name)
+
+
+def pop_range() -> None:
+    """End the NVTX range that began last; do nothing on a CPU."""
+    if on_gpu():
+        torch.cuda.nvtx.range_pop()
+
+
 def reset_peak_memory() -> None:
     """Start a new maximum for :func:`peak_memory_gib` on a GPU; a CPU process keeps its maximum."""
     if on_gpu():

@@ -108,3 +108,9 @@ def find_gpu(name: str) -> Gpu:
     """
     require(name in GPUS, f"gpu={name!r}", f"must be one of {', '.join(GPUS)}")
     return GPUS[name]
+
+
+def find_rates(device: str) -> Gpu | None:
+    """Return the data sheet of a device, found by the name that its driver gives; None if there is none."""
+    words = device.lower().replace("-", " ").split()
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from megatron_dypo.config.tree import Config
 from megatron_dypo.planning.activations import FP32, LayerBytes, layer_bytes, norm_bytes
 from megatron_dypo.planning.devices import GIB
 from megatron_dypo.planning.footprint import Footprint, Term
@@ -22,6 +23,7 @@ from megatron_dypo.planning.setting import Setting
 
 RESERVED = int(2.5 * GIB)
 """Bytes for the driver's context, buffers of the communication library and workspaces of matmuls."""
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 FRAGMENTATION = 0.05
 """Memory that the caching allocator holds but cannot use, relative to an update's allocations."""
 
@@ -80,18 +82,39 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
     shards, expert_shards = mesh.stage_size // mesh.tensor, mesh.stage_size // mesh.expert_ranks
     if not cfg.optimizer.distributed:
         shards = expert_shards = 1
-    state = 2 * FP32 + (FP32 if e < FP32 else 0)
+    state = optimizer_bytes(cfg, e)
     kind = "main parameter and two moments" if e < FP32 else "two moments"
     sharing = f" shared {shards} ways" if cfg.optimizer.distributed else ", optimizer.distributed=false"
+    kept = 1 - cfg.optimizer.cpu_offload
+    offload = f", {cfg.optimizer.cpu_offload:.0%} of it on the host" if cfg.optimizer.cpu_offload else ""
+    gradient = FP32 if cfg.parallel.megatron.get("grad_reduce_in_fp32", True) else e
     return [
         *_parameters(setting, counts),
-        Term(name="gradients", bytes=counts.total * FP32, why="fp32, all of them on every replica"),
+        Term(
+            name="gradients",
+            bytes=counts.total * gradient,
+            why=f"{'fp32' if gradient == FP32 else f'{gradient} B'}, all of them on every replica",
+        ),
         Term(
             name="optimizer",
-            bytes=state * (counts.dense / shards + counts.experts / expert_shards),
-            why=f"fp32 {kind}, {state} B{sharing}",
+            bytes=kept * state * (counts.dense / shards + counts.experts / expert_shards),
+            why=f"{'' if cfg.optimizer.precision_aware else 'fp32 '}{kind}, {state} B{sharing}{offload}",
         ),
     ]
+
+
+def optimizer_bytes(config: Config, element: int) -> int:
+    """Return the bytes of optimizer state for each parameter: two moments, and a main parameter beside a bf16 one.
+
+    With ``optimizer.precision_aware`` the moments have the types of ``optimizer.megatron``, and the main parameter is
+    the 16 bits that the bf16 parameter lacks. Muon keeps one moment of a matrix; it is planned like Adam.
+    """
+    if not config.optimizer.precision_aware:
+        return 2 * FP32 + (FP32 if element < FP32 else 0)
+    given = config.optimizer.megatron
+    moments = [_SIZES.get(str(given.get(name, "float32")), FP32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+    main = 2 if given.get("store_param_remainders", True) else FP32
+    return sum(moments) + (main if element < FP32 else 0)
 
 
 def _parameters(setting: Setting, counts: Counts) -> list[Term]:

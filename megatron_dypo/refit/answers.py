@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -50,6 +50,8 @@ class ServerInfo:
     expert_parallel: int
     custom_loaders: tuple[str, ...]
     """``--custom-weight-loader``: import paths of functions that the server can use to receive weights."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that some transports cannot serve; see :func:`megatron_dypo.config.server_flags.settings_of`."""
 
     @property
     def has_sessions(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from megatron_dypo.config.server_flags import settings_of
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.refit.answers import Answer, ServerError, ServerInfo, UnansweredError, checked, joined, read
 from megatron_dypo.refit.deadline import Deadline
@@ -76,9 +77,11 @@ class SGLangControl:
                 weight_version=str(model.get("weight_version")),
                 tensor_parallel=int(server.get("tp_size", 1)),
                 pipeline_parallel=int(server.get("pp_size", 1)),
-                data_parallel=int(server.get("dp_size", 1)),
+                # With attention data parallelism, SGLang before 0.5.23 gives its size here; ranks are then those of tp.
+                data_parallel=1 if server.get("enable_dp_attention") else int(server.get("dp_size", 1)),
                 expert_parallel=int(server.get("ep_size", 1)),
                 custom_loaders=tuple(server.get("custom_weight_loader") or ()),
+                settings=settings_of(server),
             )
             for url, model, server in zip(urls, models, servers, strict=True)
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_dypo.config.server_flags import PLANNED, problem_of
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.families.registry import family_rows, match
 from megatron_dypo.refit.answers import ServerError, ServerInfo
@@ -20,6 +21,7 @@ from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.leader import Leader
 from megatron_dypo.refit.lockstep import Lockstep
 from megatron_dypo.refit.source import Source
+from megatron_dypo.refit.transports.server_ranks import planned_problem
 
 
 def check_shapes(
@@ -51,8 +53,10 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
     """Raise ServerError unless a server serves this architecture, according to its answers and its model folder.
 
     The folder is compared if this process can read it. The error names the fields that differ, or the computation that
-    SGLang does differently.
+    SGLang does differently, or a setting with which no refit can serve.
     """
+    if problem := problem_of(info.settings, "auto"):
+        raise ServerError(f"{info.url}: {problem}")
     if note := arch.check_serving(0):
         raise ServerError(f"{info.url}: {note}")
     if info.model_type != arch.family:
@@ -66,8 +70,14 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
             raise ServerError(f"{info.url}: serves {info.model_path} with {name}={theirs!r}, the policy has {ours!r}")
 
 
-def check_model(source: Source, lockstep: Lockstep, leader: Leader, deadline: Deadline) -> None:
+def check_model(
+    source: Source, lockstep: Lockstep, leader: Leader, deadline: Deadline, transport: str = "auto"
+) -> None:
     """Check shapes and names of all ranks' parameters, and all servers. Collective over the world.
+
+    Args:
+        transport: ``refit.transport``. If it is ``p2p`` or ``local``, servers that these cannot reach are refused here,
+            before any server is paused.
 
     Raises:
         RefitError: on all ranks, with the errors of the checks above.
@@ -75,12 +85,14 @@ def check_model(source: Source, lockstep: Lockstep, leader: Leader, deadline: De
     held = lockstep.run(functools.partial(_check_held, source) if source.layout.is_sender else None)
     by_rank = [names for names in lockstep.gather(held) if names]
     leader.run(lambda _: check_names(by_rank, source.arch))
-    leader.run(_check_servers, source.arch, deadline)
+    leader.run(_check_servers, source.arch, transport, deadline)
 
 
-def _check_servers(control: SGLangControl, arch: Architecture, deadline: Deadline) -> None:
+def _check_servers(control: SGLangControl, arch: Architecture, transport: str, deadline: Deadline) -> None:
     for info in control.describe(deadline):
         check_server(info, arch)
+        if transport in PLANNED and (problem := planned_problem([info])):
+            raise ServerError(problem)  # without a URL: the config is at fault, so the server is not fenced
 
 
 def _check_held(source: Source) -> list[str]:

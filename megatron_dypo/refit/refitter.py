@@ -152,7 +152,7 @@ class Refitter:
         # all of it.
         deadline = refit.deadline.split() if len(self.serving) > 1 else refit.deadline
         if not self._is_verified:
-            check_model(self._source, self._lockstep, self._leader, deadline)
+            check_model(self._source, self._lockstep, self._leader, deadline, self._config.transport)
             self._is_verified = True
         refit.paused_at = min(refit.paused_at, time.monotonic())
         if self._config.offload_servers:

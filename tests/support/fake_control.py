@@ -26,6 +26,8 @@ class FakeServer:
     tp_size: int = 1
     ep_size: int = 1
     loaders: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    """More of the answer to ``/server_info``."""
     version: str = "default"
     sglang: str = "0.5.23"
     url: str = ""
@@ -72,7 +74,8 @@ class FakeServer:
             return 200, info
         if path == "/server_info":
             sizes = {"tp_size": self.tp_size, "ep_size": self.ep_size, "pp_size": 1, "dp_size": 1}
-            return 200, {**sizes, "custom_weight_loader": list(self.loaders), "version": self.sglang}
+            found = {**sizes, "custom_weight_loader": list(self.loaders), "version": self.sglang}
+            return 200, {**found, **self.settings}
         if path.endswith("_weight_update") and not is_at_least(self.sglang, WEIGHT_SESSIONS):
             return 404, {"detail": "Not Found"}
         if path == "/update_weight_version":

@@ -13,10 +13,9 @@ from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.run import RunConfig
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.config.tree import Config
-from megatron_dypo.planning.devices import GIB, GPUS
+from megatron_dypo.planning.devices import GIB, GPUS, find_rates
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.setting import Assumptions, Setting
-from tools.gpu_parts.precisions import find_rates
 from tools.gpu_parts.synthetic import CheckSizes, Dtype, architecture
 
 MEMORY_BAR = 0.15

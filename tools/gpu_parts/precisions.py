@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_dypo.planning.devices import GPUS, Gpu
+from megatron_dypo.planning.devices import find_rates
 from tools.gpu_parts.run_part import Part, PartError, run_part
 from tools.gpu_parts.synthetic import CheckSizes
 
@@ -110,12 +110,6 @@ def verdicts(series: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
         if "speed_of_bf16" in result:
             met[f"{name}: step {SPEED_BAR} times as fast as in bf16"] = result["speed_of_bf16"] >= SPEED_BAR
     return met
-
-
-def find_rates(device: str) -> Gpu | None:
-    """Return the data sheet of a device, found by the name that its driver gives; None if there is none."""
-    words = device.lower().replace("-", " ").split()
-    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
 
 
 def _try(run_part: Part, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,8 @@ def _server(trainer: Trainer, gpu: int) -> Iterator[tuple[str, dict[str, str]]]:
         f"rollout.servers.base_gpu={gpu}",
         "rollout.servers.mem_fraction=0.3",
     ]
-    with started(megatron_dypo("serve", _CONFIG, *overrides), trainer.log(f"server_{gpu}"), environment):
+    command = megatron_dypo("serve", _CONFIG, *overrides, "--log-dir", str(trainer.work / "logs" / f"sglang_{gpu}"))
+    with started(command, trainer.log(f"server_{gpu}"), environment):
         yield f"http://127.0.0.1:{port}", environment
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.objective.metrics import SumMetric, sum_metrics
-from megatron_dypo.parallel.device import peak_memory_gib
+from megatron_dypo.parallel.device import device_name, peak_memory_gib
+from megatron_dypo.planning.devices import find_rates
 from megatron_dypo.types import SampleKind, Totals
 
 
@@ -108,17 +109,24 @@ def step_metrics(
     world_size: int,
 ) -> dict[str, float]:
     """Return the metrics of one step: collection, update, time and memory."""
+    gpu = find_rates(device_name())
     return {
         **rollout_metrics(tally),
         **update_metrics(tally, totals, sums, declared),
         **timings,
-        **performance_metrics(tally, timings, world_size),
+        **performance_metrics(tally, timings, world_size, rate=gpu.bf16 if gpu else None),
         "perf/peak_memory_gib": peak_memory_gib(),
     }
 
 
-def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
-    """Return the rates of one step; ``timings`` come from ``Timings.take``."""
+def performance_metrics(
+    tally: Tally, timings: dict[str, float], world_size: int, rate: float | None = None
+) -> dict[str, float]:
+    """Return the rates of one step; ``timings`` come from ``Timings.take``.
+
+    Args:
+        rate: FLOP/s of one rank's GPU in bf16, according to its data sheet; None: not known, and there is no MFU.
+    """
     step, gen, update = (timings.get(f"timing_s/{part}", 0.0) for part in ("step", "gen", "update_actor"))
     metrics = {}
     if step:
@@ -129,4 +137,6 @@ def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int
         metrics["perf/rollout_tokens_per_sec"] = tally["sampled_tokens"] / gen
     if update:
         metrics["perf/update_tokens_per_sec"] = tally["tokens"] / update
+    if update and rate and tally["model_flops"]:
+        metrics["perf/mfu"] = tally["model_flops"] / update / (world_size * rate)
     return metrics

@@ -127,8 +127,9 @@ def tally_update(tally: Tally, samples: Sequence[Sample], version: int, *, old_i
             tally.extreme("max:mismatch", float(abs(gap).max()))
 
 
-def tally_work(tally: Tally, flops: float) -> None:
-    """Count the work of one replica's update (see ``batching.flops``)."""
+def tally_work(tally: Tally, flops: float, model_flops: float = 0.0) -> None:
+    """Count the work of one replica's update (see ``models.flops``), and that without recomputation."""
     tally.add("replicas")
+    tally.add("model_flops", model_flops)
     tally.add("flops", flops)
     tally.extreme("max:flops", flops)

@@ -14,6 +14,7 @@ from megatron_dypo.config.reading.load import dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.recorder import NoWriter, Writer
 from megatron_dypo.loop.books.tally import Tally
+from megatron_dypo.loop.profiler import Profiler
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import MeshRanks
 from megatron_dypo.loop.replica import Follower, Replica
@@ -31,9 +32,11 @@ from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import step_of
 from megatron_dypo.mcore.checkpoints.verify import all_ranks
+from megatron_dypo.mcore.options.check import require_options
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
+from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -69,7 +72,7 @@ def open_run(config: Config) -> Iterator[Run]:
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
-        if base.policy.keeps_reference and config.objective.reference.mode == "frozen":
+        if base.policy.keeps_reference and config.objective.reference.mode == "frozen" and not config.run.smoke:
             base = replace(base, reference_files=hash_reference(config.model))
         opened, replica = _open_replica(base)
         servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
@@ -80,7 +83,7 @@ def open_run(config: Config) -> Iterator[Run]:
             writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)
-        yield Run(
+        run = Run(
             config=config,
             ranks=base.ranks,
             policy=base.policy,
@@ -93,6 +96,8 @@ def open_run(config: Config) -> Iterator[Run]:
             tally=base.tally,
             teacher=teacher,
         )
+        _attach_profiler(run, layout)
+        yield run
 
 
 @contextlib.contextmanager
@@ -120,6 +125,17 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
             timings=base.timings,
             tally=base.tally,
         )
+
+
+def _attach_profiler(run: Run, layout: MeshRank) -> None:
+    """Let the parts of this run's steps be profiled, if the config asks for it."""
+    run.timings.around = Profiler(
+        cfg=run.config.profile,
+        rank=layout.rank,
+        run_dir=run.dir,
+        step=lambda: run.progress.step + 1,
+        note=run.timings.note,
+    ).around
 
 
 def _open_replica(base: Foundation) -> tuple[OpenedLeader | Follower, Replica]:
@@ -178,6 +194,7 @@ def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> 
     stack.callback(close, layout)
     found = features.probe()
     features.require_fp8(config.model.fp8, found)
+    require_options(config, load_architecture(config.model.hf_path), found)
     memory, capability = memory_bytes(), compute_capability()
     if config.run.check_memory and memory is not None and capability is not None:
         check_memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.megatron_policy import MegatronPolicy
-from megatron_dypo.mcore.model import build_model, load_initial_weights
+from megatron_dypo.mcore.model import build_model, draw_initial_weights, load_initial_weights
 from megatron_dypo.mcore.optimizer import build_optimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics.writer import Timings
@@ -26,8 +26,12 @@ def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timi
         layout,
         distributed_optimizer=config.optimizer.distributed,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
     )
-    load_initial_weights(chunks, config.model, arch, layout)
+    if config.run.smoke:
+        draw_initial_weights(chunks, arch, layout, seed=config.run.seed)
+    else:
+        load_initial_weights(chunks, config.model, arch, layout)
     optimizer = build_optimizer(
         chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps, fp8=config.model.fp8
     )

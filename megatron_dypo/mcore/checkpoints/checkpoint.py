@@ -166,7 +166,7 @@ def load(
     if header["optimizer"] != optimizer.kind:
         raise ValueError(
             f"{path}: holds the state of a {header['optimizer']}, this run has a {optimizer.kind}: "
-            "keep model.dtype and optimizer.distributed as they were"
+            "keep model.dtype, optimizer.distributed and optimizer.algorithm as they were"
         )
     if reference is not None and (path / _REFERENCE).is_dir():
         read_weights(path / _REFERENCE, chunks)

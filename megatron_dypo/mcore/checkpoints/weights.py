@@ -13,6 +13,7 @@ from megatron_dypo.mcore.checkpoints.torch_dist import WEIGHTS_FOLDER
 from megatron_dypo.mcore.checkpoints.verify import all_ranks, find_damage_of_weights
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.compat.restricted_pickle import require_plain_state
+from megatron_dypo.mcore.param_gather import finish_gather
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
@@ -46,6 +47,7 @@ def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | No
 
     In the files, tensors have no such prefix and all layers are stacked, so the names are the same for every layout.
     """
+    finish_gather(chunks)
     return {
         name: unwrap(chunk).sharded_state_dict(metadata=metadata)
         for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)

@@ -19,7 +19,7 @@ from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.broadcast import BroadcastConnection
 from megatron_dypo.refit.transports.planned import PlannedConnection
-from megatron_dypo.refit.transports.server_ranks import server_mesh
+from megatron_dypo.refit.transports.server_ranks import planned_problem
 from megatron_dypo.refit.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
@@ -57,7 +57,7 @@ def choose(config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool) -> 
     Raises:
         ServerError: the requested transport is not possible; with ``auto``, no transport is.
     """
-    planned = _planned_problem(infos)
+    planned = planned_problem(infos)
     quantizes = config.quantize != "none"
     problems: dict[str, str | None] = {
         "local": planned or _local_problem(infos, one_host),
@@ -92,15 +92,6 @@ def _ask_and_choose(control: SGLangControl, config: RefitConfig, one_host: bool,
     kind, reason = choose(config, control.describe(deadline), one_host)
     logger.info("weights go to the servers by transport=%s: %s", kind, reason)
     return kind
-
-
-def _planned_problem(infos: Sequence[ServerInfo]) -> str | None:
-    for info in infos:
-        try:
-            server_mesh(info)
-        except ServerError as error:
-            return str(error)
-    return None
 
 
 def _local_problem(infos: Sequence[ServerInfo], one_host: bool) -> str | None:

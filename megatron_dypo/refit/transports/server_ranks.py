@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dypo.config.server_flags import problem_of
 from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.stores import ServedStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
@@ -54,6 +55,8 @@ def server_mesh(info: ServerInfo) -> ServerMesh:
             "sessions; use refit.transport=broadcast or disk",
             info.url,
         )
+    if problem := problem_of(info.settings, "p2p"):
+        raise ServerError(f"{info.url}: {problem}", info.url)
     if WEIGHT_LOADER not in info.custom_loaders:
         raise ServerError(
             f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "
@@ -61,6 +64,16 @@ def server_mesh(info: ServerInfo) -> ServerMesh:
             info.url,
         )
     return ServerMesh(tensor=info.tensor_parallel, expert=info.expert_parallel)
+
+
+def planned_problem(infos: Sequence[ServerInfo]) -> str | None:
+    """Return why the planned transports cannot reach one of the servers; None: they can reach all."""
+    for info in infos:
+        try:
+            server_mesh(info)
+        except ServerError as error:
+            return str(error)
+    return None
 
 
 class ServerRanks:

@@ -66,7 +66,8 @@ def rows(update: int) -> list[np.ndarray]:
 
 
 def start(
-    path: str, layout: Any, parallel: Any, dtype: Literal["float32", "bfloat16"] = "float32", recompute: Any = "none", **optimizer: Any
+    path: str, layout: Any, parallel: Any, dtype: Literal["float32", "bfloat16"] = "float32", recompute: Any = "none",
+    megatron: Any = None, megatron_of_optimizer: Any = None, **optimizer: Any
 ) -> Session:
     """Make a model with its initial weights and a fresh optimizer."""
     from megatron_dypo.models.architecture import load_architecture
@@ -76,9 +77,9 @@ def start(
     from megatron_dypo.mcore.optimizer import build_optimizer
 
     config = OptimizerConfig(
-        **{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, **optimizer}
+        **{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, "megatron": megatron_of_optimizer or {}, **optimizer}
     )
-    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, recompute=recompute)
+    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, recompute=recompute, megatron=megatron or {})
     chunks = build_model(
         arch,
         model,
@@ -86,6 +87,7 @@ def start(
         layout,
         distributed_optimizer=config.distributed,
         overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
     )
     load_initial_weights(chunks, model, arch, layout)
     return Session(layout, arch, chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=8))

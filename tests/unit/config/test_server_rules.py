@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 from megatron_dypo.config.reading.load import parse_config
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
+from megatron_dypo.config.server_flags import SETTINGS
+from megatron_dypo.config.tree import Config
 
 REQUIRED = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 
@@ -165,6 +170,80 @@ def test_a_flag_that_the_run_sets_is_refused_with_the_key_to_use(argument: str, 
     with pytest.raises(ValueError, match=rf"extra_args='--[a-z-]+': .*{advice}") as caught:
         ServersConfig(extra_args=("--enable-metrics", argument, "x"))
     assert "s3cret" not in str(caught.value)
+
+
+UNSERVED = [
+    (("--weight-cache-mode", "client"), "--weight-cache-mode client", "SGLang refuses new weights while"),
+    (("--weight-cache-m=daemon",), "--weight-cache-m daemon", "SGLang refuses new weights while"),
+    (("--speculative-algorithm", "EAGLE3"), "--speculative-algorithm EAGLE3", "brings no weights to a draft model"),
+    (("--speculative-draft-model", "d"), "--speculative-draft-model d", "brings no weights to a draft model"),
+]
+UNPLANNED = [
+    (("--attn-dp-size", "4"), "--attn-dp-size 4"),
+    (("--dp-size", "4", "--enable-dp-attention"), "--enable-dp-attention"),
+    (("--moe-dense-tp-size", "1"), "--moe-dense-tp-size 1"),
+    (("--enable-eplb", "--context-length", "9"), "--enable-eplb"),
+    (("--ep-num-redundant-experts=32",), "--ep-num-redundant-experts 32"),
+    (("--init-expert-location", "experts.json"), "--init-expert-location experts.json"),
+    (("--elastic-ep-backend", "mooncake"), "--elastic-ep-backend mooncake"),
+]
+
+
+def config_with(arguments: tuple[str, ...], transport: str) -> Config:
+    refit, servers = {"transport": transport}, {"servers": {"extra_args": list(arguments)}}
+    return parse_config(
+        {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}, "refit": refit, "rollout": servers}, where="here"
+    )
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p", "local", "broadcast", "disk"])
+@pytest.mark.parametrize(("arguments", "shown", "reason"), UNSERVED)
+def test_servers_that_no_refit_can_serve_are_refused(
+    arguments: tuple[str, ...], shown: str, reason: str, transport: str
+) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        config_with(arguments, transport)
+    assert str(caught.value).startswith(f"here: rollout.servers.extra_args='{shown}': refits cannot serve it: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("arguments", "shown"), UNPLANNED)
+def test_servers_that_the_plan_does_not_know_are_refused_for_planned_transports_alone(
+    arguments: tuple[str, ...], shown: str
+) -> None:
+    for transport in ("p2p", "local"):
+        with pytest.raises(ValueError, match=r"use refit\.transport=broadcast or disk$") as caught:
+            config_with(arguments, transport)
+        assert f"rollout.servers.extra_args='{shown}': refits cannot serve it: the plan of p2p and local knows" in str(
+            caught.value
+        )
+    for transport in ("auto", "broadcast", "disk"):
+        config_with(arguments, transport)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--weight-cache-mode", "off"),
+        ("--speculative-algorithm", "NGRAM"),
+        ("--attn-dp-size=1", "--ep-num-redundant-experts", "0"),
+        ("--ep", "4"),
+        ("--init-expert-location", "trivial"),
+    ],
+)
+def test_values_that_change_nothing_are_accepted(arguments: tuple[str, ...]) -> None:
+    config_with(arguments, "p2p")
+
+
+def test_every_flag_and_setting_is_one_of_sglangs() -> None:
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    fields = Path(spec.submodule_search_locations[0]) / "srt/arg_groups/fields"
+    source = "\n".join(path.read_text(encoding="utf-8") for path in fields.glob("*.py"))
+    for setting in SETTINGS:
+        assert re.search(rf"^    {setting.name}: ", source, re.MULTILINE), setting.name
+        assert setting.flags[0].removeprefix("--").replace("-", "_") == setting.name
 
 
 def test_other_flags_are_the_users() -> None:

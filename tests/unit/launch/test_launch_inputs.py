@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -38,6 +39,20 @@ def test_a_sound_config_is_accepted_without_a_word(tmp_path: Path) -> None:
     found = check_inputs(case(tmp_path))
     assert (found.problems, found.missing, found.notes) == ([], [], [])
     assert not (tmp_path / "run").exists()
+
+
+def test_options_that_megatron_lacks_are_problems_of_the_config(tmp_path: Path) -> None:
+    config = case(tmp_path, parallel={"megatron": {"bucket_size": 7, "buckets_size": 7}})
+    (problem,) = check_inputs(config).problems
+    assert problem.startswith("parallel.megatron.buckets_size=7: DistributedDataParallelConfig of megatron-core ")
+
+
+def test_a_smoke_run_misses_no_weights(tmp_path: Path) -> None:
+    config = case(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert len(check_inputs(config).missing) == 1
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, smoke=True))
+    assert (check_inputs(config).problems, check_inputs(config).missing) == ([], [])
 
 
 def test_sequences_that_fit_a_sliding_window_are_accepted(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_dypo.loop.books.tally import (
     tally_groups,
     tally_logprob_error,
     tally_refit,
+    tally_work,
 )
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.refit.servers import RefitReport
@@ -136,6 +137,15 @@ def test_rates_are_of_the_time_that_each_part_took() -> None:
         "perf/update_tokens_per_sec": 150.0,
     }
     assert performance_metrics(tally, {}, 4) == {}
+
+
+def test_mfu_is_the_share_of_the_data_sheets_rate_in_the_time_of_the_update() -> None:
+    tally = Tally()
+    for _ in range(2):  # replicas; one of them computes twice as much as it needs
+        tally_work(tally, 1200.0, 600.0)
+    timings = {"timing_s/step": 10.0, "timing_s/update_actor": 4.0}
+    assert performance_metrics(tally, timings, 8, rate=100.0)["perf/mfu"] == 1200.0 / (4.0 * 8 * 100.0)
+    assert "perf/mfu" not in performance_metrics(tally, timings, 8), "a GPU without a data sheet, or a CPU"
 
 
 def test_errors_of_long_responses_are_summed_in_double() -> None:

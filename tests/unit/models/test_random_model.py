@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_dypo.models.architecture import architecture_from_hf, load_architecture
+from megatron_dypo.models.architecture import Architecture, architecture_from_hf, load_architecture
+from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.hf.read import HFReader
-from megatron_dypo.models.random_model import random_weights, write_random_model
+from megatron_dypo.models.random_model import fill_random, random_weights, write_random_model
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.parallel.position import Position
 
 SIZES = {
     "hidden_size": 64,
@@ -49,6 +53,51 @@ def test_the_seed_decides() -> None:
     first, again, other = (random_weights(arch, seed)["lm_head.weight"] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "head_dim": 16,
+    "norm_topk_prob": True,
+    "model_type": "qwen3_moe",
+}
+
+
+def filled(arch: Architecture, mesh: Mesh, rank: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Return all parameters of a rank that would hold all layers and experts."""
+    position = Position(mesh=mesh, rank=rank)
+    params = {}
+    for row in family_rows(arch):
+        shape = row.rule.mcore_shape(arch, position.shard(is_expert=row.is_expert)[1])
+        params[row.mcore] = torch.full(shape, float("nan"))
+    fill_random(params.items(), arch, position, seed)
+    return params
+
+
+@pytest.mark.parametrize("kind", [{"model_type": "qwen2"}, {"model_type": "llama", "tie_word_embeddings": True}, MOE])
+def test_ranks_that_hold_the_same_parameter_draw_the_same_values(kind: dict[str, Any]) -> None:
+    arch = architecture_from_hf({**SIZES, **kind}, where="test")
+    mesh = Mesh(tensor=2, data=2, pipeline=1)
+    first, neighbour, replica, _ = (filled(arch, mesh, rank) for rank in range(4))
+    assert all(torch.isfinite(value).all() for value in first.values())
+    for name, value in first.items():
+        assert torch.equal(value, replica[name]), name
+        is_shared = torch.equal(value, neighbour[name])
+        assert is_shared == (value.dim() == 1 or "router" in name or ".experts." in name), name
+    if arch.tied_embeddings:
+        assert torch.equal(first["output_layer.weight"], first["embedding.word_embeddings.weight"])
+
+
+def test_values_that_a_rank_draws_have_the_scale_of_the_whole_matrix() -> None:
+    arch = architecture_from_hf({**SIZES, "model_type": "qwen2"}, where="test")
+    params = filled(arch, Mesh(tensor=2), 1)
+    assert params["decoder.layers.0.mlp.linear_fc2.weight"].std().item() == pytest.approx(96**-0.5, rel=0.1)
+    assert params["embedding.word_embeddings.weight"].std().item() == pytest.approx(1.0, rel=0.1)
+    assert torch.equal(params["decoder.layers.1.self_attention.linear_qkv.bias"], torch.zeros(64))
+    other = filled(arch, Mesh(tensor=2), 1, seed=2)
+    assert not torch.equal(other["output_layer.weight"], params["output_layer.weight"])
 
 
 def test_a_config_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -34,6 +34,28 @@ def test_state_is_that_of_megatrons_own_estimate(is_distributed, bytes_each):
     assert state == pytest.approx(bytes_each * stage_counts(setting, 0).total)
 
 
+@pytest.mark.parametrize(
+    ("options", "bytes_each"),
+    [
+        ({"precision_aware": True}, 6 + 10 / 4),
+        (
+            {"precision_aware": True, "megatron": {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"}},
+            6 + 6 / 4,
+        ),
+        ({"precision_aware": True, "megatron": {"store_param_remainders": False}}, 6 + 12 / 4),
+        ({"precision_aware": True, "cpu_offload": 1.0}, 6),
+    ],
+)
+def test_state_follows_the_options_of_the_optimizer(options, bytes_each):
+    """Two moments, and 16 bits of the main parameter; a gradient of 4 bytes and a parameter of 2."""
+    setting = pretraining(architecture(), {"tensor": 2}, gpus=8, batch=8)
+    optimizer = OptimizerConfig(distributed=True, **options)
+    setting = dataclasses.replace(setting, config=dataclasses.replace(setting.config, optimizer=optimizer))
+    (footprint,) = trainer_footprints(setting)
+    state = sum(footprint[name] for name in ("parameters", "gradients", "optimizer"))
+    assert state == pytest.approx(bytes_each * stage_counts(setting, 0).total)
+
+
 UNEVEN = ("parallel.pipeline=4", "parallel.first_stage_layers=23", "parallel.last_stage_layers=23")
 
 

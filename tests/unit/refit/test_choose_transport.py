@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_dypo.config.refit import RefitConfig
+from megatron_dypo.config.server_flags import settings_of
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.transports.connect import choose, is_here
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
@@ -27,6 +28,8 @@ AWAY = dataclasses.replace(HERE, url="http://192.0.2.1:1")
 STOCK = dataclasses.replace(HERE, url="http://127.0.0.1:2", custom_loaders=())
 OLD = dataclasses.replace(HERE, url="http://127.0.0.1:3", sglang="0.5.12.post1")
 STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
+SPREAD = dataclasses.replace(HERE, settings=settings_of({"tp_size": 2, "attn_dp_size": 2, "enable_eplb": False}))
+MOVING = dataclasses.replace(HERE, settings=settings_of({"ep_num_redundant_experts": 4}))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,13 @@ STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
             "http://127.0.0.1:3: SGLang 0.5.12.post1: p2p and local need 0.5.22",
         ),
         ([STAGED], True, "broadcast", "pipeline_parallel=2"),
+        (
+            [SPREAD],
+            True,
+            "broadcast",
+            "not p2p: http://127.0.0.1:1: attn_dp_size=2: the plan of p2p and local knows no",
+        ),
+        ([HERE, MOVING], True, "broadcast", "ep_num_redundant_experts=4: "),
     ],
 )
 def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_host, kind, reason):

@@ -1,5 +1,6 @@
 """The order of a refit's calls, and the state after a failure of each: one rank, fake servers, the disk transport."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,8 +9,12 @@ import torch
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.lockstep import RefitError
 from megatron_dypo.refit.model_checks import check_names
+from megatron_dypo.rollout.server.command import WEIGHT_LOADER
+from tests.support.fake_control import KEY
 from tests.support.refit_setting import HF_CONFIG
 
 GOOD_REFIT = [
@@ -106,6 +111,59 @@ def test_another_family_is_refused_before_anything_is_sent(setting):
         setting.refitter.refit(1)
     assert not setting.refit.exists()
     assert "/pause_generation" not in setting.servers[0].posts
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"weight_cache_mode": "client"},
+            "weight_cache_mode='client': SGLang refuses new weights while its weight cache",
+        ),
+        ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm='EAGLE': a refit brings no weights to a draft"),
+    ],
+)
+def test_a_running_server_that_no_refit_can_serve_is_refused_before_the_pause(setting, settings, words):
+    setting.servers[1].settings = settings
+    with pytest.raises(RefitError, match=f"{setting.servers[1].url}: {words}"):
+        setting.refitter.refit(1)
+    assert all("/pause_generation" not in server.posts for server in setting.servers)
+
+
+@pytest.mark.parametrize("setting", [{"transport": "p2p"}, {"transport": "local"}], indirect=True)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"attn_dp_size": 2}, "attn_dp_size=2: the plan of p2p and local knows no attention data parallelism"),
+        ({"dp_size": 2, "enable_dp_attention": True}, "enable_dp_attention=True: the plan of p2p and local knows no"),
+        ({"dp_size": 2}, "data_parallel=2: p2p and local need 1"),
+        ({"enable_eplb": True}, "enable_eplb=True: the plan of p2p and local knows no experts that move"),
+    ],
+)
+def test_a_server_that_the_plan_does_not_know_is_refused_before_the_pause(setting, settings, words):
+    for server in setting.servers:
+        server.loaders = (WEIGHT_LOADER,)
+    setting.servers[0].settings = settings
+    with pytest.raises(RefitError, match=f"{setting.servers[0].url}: {words}"):
+        setting.refitter.refit(1)
+    assert all("/pause_generation" not in server.posts for server in setting.servers)
+
+
+def test_replicas_of_attention_are_no_replicas_of_the_server(setting):
+    """Before 0.5.23 SGLang reported them as dp_size. A broadcast then has as many ranks as tp_size says."""
+    server = setting.servers[0]
+    with contextlib.closing(SGLangControl([server.url], KEY)) as control:
+        for settings, replicas in (({"dp_size": 2}, 2), ({"dp_size": 2, "enable_dp_attention": True}, 1)):
+            server.settings = settings
+            (info,) = control.describe(Deadline(5.0))
+            assert info.data_parallel == replicas
+
+
+def test_sglangs_own_update_serves_attention_data_parallelism(setting):
+    for server in setting.servers:
+        server.settings = {"dp_size": 2, "enable_dp_attention": True, "attn_dp_size": 2}
+    setting.refitter.refit(1)
+    assert all(server.posts == GOOD_REFIT for server in setting.servers)
 
 
 def test_another_size_is_refused_before_anything_is_sent(setting, tmp_path):

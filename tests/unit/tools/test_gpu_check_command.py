@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dypo.planning.devices import find_rates
 from megatron_dypo.types import SampleKind
 from tests.support.tool_commands import run_tool
 from tools.gpu_parts.logprob_speed import ProjectionSizes
 from tools.gpu_parts.page import page
 from tools.gpu_parts.plan_of_stages import Plan, plan_stages
-from tools.gpu_parts.precisions import compare, compare_tensors, find_rates, precisions, run_precisions
+from tools.gpu_parts.precisions import compare, compare_tensors, precisions, run_precisions
 from tools.gpu_parts.run_part import PartError
 from tools.gpu_parts.stages import Stage, is_good, run_stages
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
