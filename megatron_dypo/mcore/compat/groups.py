@@ -63,7 +63,7 @@ def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.ti
     """Make a group outside the default one and its registries. Dropping the last reference closes it.
 
     Like ``torch.distributed.ProcessGroup``, the group has ``send`` and ``recv`` of lists of tensors. On a GPU, wait for
-    them by :func:`megatron_dypo.parallel.device.finish`.
+    them by :func:`megatron_dypo.parallel.streams.finish`.
 
     Args:
         ctas: most thread blocks of a GPU that one message occupies; at least one.

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.mcore.compat.groups import abort, separate_group
-from megatron_dypo.parallel import device
+from megatron_dypo.parallel import device, streams
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 
@@ -95,7 +95,7 @@ def _join(links: ServerLinks, rank: int, deadline: Deadline) -> Any:
 def _exchange(send_or_receive: Callable[[list[Tensor], int, int], Any], peer: int, deadline: Deadline) -> None:
     greeting = torch.zeros(1, dtype=torch.uint8, device=device.device())
     with _as_link_errors():
-        device.finish(send_or_receive([greeting], peer, 0), deadline.remaining())
+        streams.finish(send_or_receive([greeting], peer, 0), deadline.remaining())
 
 
 class GroupOutgoing(Outgoing):
@@ -138,7 +138,7 @@ class GroupOutgoing(Outgoing):
         while len(self._pending) >= limit:
             work, _ = self._pending.popleft()
             with _as_link_errors():
-                device.finish(work, self._deadline.remaining())
+                streams.finish(work, self._deadline.remaining())
 
 
 class GroupIncoming(Incoming):
@@ -169,7 +169,7 @@ class GroupIncoming(Incoming):
     def take(self) -> Tensor:
         work, buffer, self._taken = self._pending.popleft()
         with _as_link_errors():
-            device.finish(work, self._deadline.remaining())
+            streams.finish(work, self._deadline.remaining())
         return buffer
 
     def abandon(self) -> None:

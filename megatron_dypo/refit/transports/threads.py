@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_dypo.parallel import device
+from megatron_dypo.parallel import streams
 
 
 def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]:
@@ -20,7 +20,7 @@ def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseExceptio
     Return, for each action, the exception that it raised, or None. If its thread cannot start, that is the exception.
     """
     errors: list[BaseException | None] = [None] * len(actions)  # the variables of their frames are dropped
-    lanes = [device.Lane() for _ in actions]
+    lanes = [streams.Lane() for _ in actions]
 
     def run(index: int) -> None:
         try:

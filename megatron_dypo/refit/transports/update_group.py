@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from megatron_dypo.mcore.compat.groups import abort, join_as_rank_0
-from megatron_dypo.parallel import device
+from megatron_dypo.parallel import streams
 from megatron_dypo.parallel.stores import OpenStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
@@ -80,7 +80,7 @@ class UpdateGroup:
         loaded = self._control.start_update(body, deadline)
         try:
             work = dist.broadcast(bucket.payload, src=0, group=self._group, async_op=True)
-            _await(_in_daemon_thread(functools.partial(device.finish, work, deadline.remaining())), loaded, deadline)
+            _await(_in_daemon_thread(functools.partial(streams.finish, work, deadline.remaining())), loaded, deadline)
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, ServerError):
                 raise
@@ -137,7 +137,7 @@ def _in_daemon_thread(action: Callable[[], T]) -> Future[T]:
     """Run a call that cannot be interrupted in a daemon thread, so that neither the caller nor the end of the process
     must wait for it."""
     future: Future[T] = Future()
-    here = device.on_this_gpu(action)
+    here = streams.on_this_gpu(action)
 
     def run() -> None:
         try:

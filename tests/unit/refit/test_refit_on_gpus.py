@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_dypo.models.architecture import architecture_from_hf
 from megatron_dypo.models.families.registry import family_rows
-from megatron_dypo.parallel import device
+from megatron_dypo.parallel import device, streams
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.deadline import Deadline
@@ -178,7 +178,7 @@ def test_work_that_failed_is_not_taken_for_done(cuda: RecordingCuda, monkeypatch
 
     monkeypatch.setattr(torch.cuda.Event, "query", lambda _: False)
     with pytest.raises(TimeoutError):
-        device.finish(Failed(), 0.1)  # type: ignore[arg-type]
+        streams.finish(Failed(), 0.1)  # type: ignore[arg-type]
 
 
 def test_lanes_begin_after_the_work_of_their_maker(cuda: RecordingCuda) -> None:
