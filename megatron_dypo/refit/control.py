@@ -179,7 +179,8 @@ class SGLangControl:
     # The calls themselves.
 
     def _in_sessions(self, path: str, deadline: Deadline) -> None:
-        self._start("POST", path, {}, deadline, fail_fast=False, urls=self.with_sessions).result()
+        if self.with_sessions:
+            self._start("POST", path, {}, deadline, fail_fast=False, urls=self.with_sessions).result()
 
     def _all(self, method: str, path: str, body: Answer | None, deadline: Deadline) -> list[Answer]:
         return self._start(method, path, body, deadline, fail_fast=False).result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 
 from megatron_dypo.parallel.device import update_backend
 
@@ -19,3 +20,8 @@ from megatron_dypo.parallel.device import update_backend
 )
 def test_both_ends_of_a_broadcast_have_the_same_backend(name: str, torch_version: str, here: str) -> None:
     assert update_backend(name, torch_version) == here
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a torch that is built for GPUs")
+def test_this_torch_has_a_backend_of_that_name() -> None:
+    assert dist.is_backend_available(update_backend("nccl"))

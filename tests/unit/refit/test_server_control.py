@@ -122,6 +122,15 @@ def test_only_servers_that_have_sessions_are_asked_to_open_one(servers, control)
     assert servers[0].posts == ["/begin_weight_update"]
 
 
+def test_where_no_server_has_sessions_none_is_opened(servers, control):
+    for server in servers:
+        server.sglang = "0.5.21"
+    control.describe(Deadline(5))
+    control.begin_update(Deadline(5))
+    control.end_update(Deadline(5))
+    assert [server.posts for server in servers] == [[], []]
+
+
 @pytest.mark.parametrize(("sglang", "pauses"), [("0.5.12", ["abort", "retract"]), ("0.5.23", ["retract"])])
 def test_a_server_that_names_one_version_for_a_response_ends_its_requests(servers, control, sglang, pauses):
     servers[1].sglang = sglang
