@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.fp8 import Fp8Config, Recipe, dotted, missing_capability
+from megatron_dypo.mcore.compat.te_experts import patch_te_experts
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
 
@@ -122,6 +123,7 @@ def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
 
     num_experts = arch.experts.num_experts if arch.experts else None
     if features.transformer_engine:
+        patch_te_experts()
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=arch.qk_norm
         )
