@@ -66,13 +66,20 @@ def shield_imports() -> None:
             sys.modules[name] = None  # type: ignore[assignment]
 
 
+def uses_transformer_engine() -> bool:
+    """Return whether models are built of Transformer Engine's layers. It does not start CUDA."""
+    return device.on_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
 def probe() -> Features:
     """Return the features that work on this machine."""
-    usable = device.on_gpu()
-    has_te = usable and importlib.util.find_spec("transformer_engine") is not None
+    has_te, has_fusion = (
+        uses_transformer_engine(),
+        importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    )
     return Features(
         transformer_engine=has_te,
-        grad_accumulation_fusion=usable and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        grad_accumulation_fusion=device.on_gpu() and has_fusion,
         fp8_obstacles=fp8_obstacles(
             te_version=importlib.metadata.version("transformer_engine") if has_te else None,
             capability=device.compute_capability(),

@@ -54,7 +54,7 @@ def count_received(layout: Any) -> tuple[list[int], list[int]]:
         note(pieces, group)
         return gather(piece, pieces, first, group, **options)
 
-    dist.all_gather, dist.gather = noted_all_gather, noted_gather
+    dist.all_gather, dist.gather = noted_all_gather, noted_gather  # type: ignore[assignment]
     return received, in_device_groups
 
 

@@ -50,6 +50,7 @@ def _use_in_models() -> None:
     from megatron_dypo.mcore import features
 
     features.shield_imports = lambda: None
+    features.uses_transformer_engine = lambda: True
     features.probe = lambda: features.Features(transformer_engine=True, grad_accumulation_fusion=False)
 
 
