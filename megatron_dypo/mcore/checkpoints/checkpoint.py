@@ -198,6 +198,7 @@ def _whole_state(
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
     state = model_state(chunks, metadata)
+    optimizer.fill_state()
     state["optimizer"] = optimizer.megatron.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     if with_rng:
         state["rng"] = rng.sharded_state(layout)

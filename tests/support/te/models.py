@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 
-def built(hf_path: str, layout: Any, **settings: Any) -> tuple[Any, Any, list[Any]]:
+def built(
+    hf_path: str, layout: Any, *, distributed_optimizer: bool = False, **settings: Any
+) -> tuple[Any, Any, list[Any]]:
     """Return the architecture, the settings and the chunks of a model of an HF folder."""
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model
     from megatron_dypo.models.architecture import load_architecture
 
     arch, model = load_architecture(hf_path), ModelConfig(hf_path=hf_path, **settings)
-    return arch, model, build_model(arch, model, ParallelConfig(), layout)
+    return arch, model, build_model(arch, model, ParallelConfig(), layout, distributed_optimizer=distributed_optimizer)
 
 
 def joined() -> Any:
@@ -134,3 +136,33 @@ def check_private_names() -> list[str]:
 
     joined()
     return [name for name, private in all_private_names().items() if private.needs_te and private.get()]
+
+
+def resume_optimizer(hf_path: str, folder: str) -> dict[str, Any]:
+    """Save a model and an optimizer without a step, load both into new ones, and say what the optimizer is."""
+    from megatron_dypo.config.training import OptimizerConfig
+    from megatron_dypo.mcore.checkpoints import checkpoint
+    from megatron_dypo.mcore.model import load_initial_weights
+    from megatron_dypo.mcore.optimizer import build_optimizer
+
+    layout, config = joined(), OptimizerConfig(lr=1e-3, distributed=True, warmup_steps=1)
+
+    def started() -> tuple[list[Any], Any]:
+        arch, model, chunks = built(hf_path, layout, dtype="bfloat16", distributed_optimizer=True)
+        load_initial_weights(chunks, model, arch, layout)
+        return chunks, build_optimizer(chunks, config, dtype="bfloat16", total_steps=8)
+
+    chunks, optimizer = started()
+    checkpoint.begin_save(
+        folder, 1, chunks=chunks, optimizer=optimizer, layout=layout, trainer_state={"cursor": 7}
+    ).finish()
+    chunks, optimizer = started()
+    restored = checkpoint.load(Path(folder) / "step_000001", chunks=chunks, optimizer=optimizer, layout=layout)
+    inner = optimizer.megatron.chained_optimizers[0].optimizer
+    return {
+        "cursor": restored.trainer_state["cursor"],
+        "class": f"{type(inner).__module__}.{type(inner).__name__}",
+        "moments": sorted({name for state in inner.state.values() for name in state}),
+        "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        "main_parameters": sum(parameter.numel() for parameter in inner.state),
+    }

@@ -67,5 +67,16 @@ def test_layers_that_worked_in_fp8_are_saved_and_resume_with_their_scales(versio
         assert found == expected, case
 
 
+def test_a_fused_adam_that_made_no_step_is_saved_and_resumes(version: str, tmp_path: Path) -> None:
+    te_folder(version)
+    found = run_with_te(
+        version, models.resume_optimizer, str(make_hf_model("qwen3", tmp_path / "hf")), str(tmp_path / "root")
+    )
+    assert found["class"] == "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam"
+    assert found["moments"] == ["exp_avg", "exp_avg_sq"]
+    assert found["main_parameters"] == found["parameters"] > 0
+    assert found["cursor"] == 7
+
+
 def test_every_private_name_that_needs_transformer_engine_is_there(version: str) -> None:
     assert run_with_te(version, models.check_private_names) == ["te_experts.SPLIT_STATE"]
