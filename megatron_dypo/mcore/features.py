@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -152,6 +153,17 @@ def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
         # The local spec would store the norm before experts as fused with their input projection; TE's spec does not.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
+
+
+def _loads(extension: str) -> bool:
+    """Return whether a compiled module is there and fits this torch. Megatron raises later if it does not."""
+    try:
+        importlib.import_module(extension)
+    except ImportError as error:
+        if importlib.util.find_spec(extension) is not None:
+            _log.warning("%s is installed but cannot be loaded (%s); it is left out", extension, error)
+        return False
+    return True
 
 
 def _is_nvidias(name: str) -> bool:

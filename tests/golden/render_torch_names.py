@@ -1,7 +1,7 @@
 """Write the names of the oldest supported torch: python -m tests.golden.render_torch_names FOLDER
 
-FOLDER has the unpacked wheel of that version. Wheels of all platforms have the same Python files and stubs; the smallest
-has 74 MB::
+FOLDER has the unpacked wheel of that version. The wheels of all platforms have the same Python files and stubs. The
+smallest has 74 MB::
 
     pip download --no-deps --only-binary :all: --platform macosx_11_0_arm64 --python-version 3.11 torch==2.8.0
     unzip torch-2.8.0-*.whl 'torch/*.py' 'torch/*.pyi' -d FOLDER

@@ -48,3 +48,19 @@ def test_another_version_of_megatron_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.setattr(megatron.core, "__version__", "0.16.9")
     with pytest.raises(ValueError, match=r"megatron-core==0.16.9: on a CPU only 0.16.1 is supported"):
         cpu.install.__wrapped__()
+
+
+@pytest.mark.parametrize(("content", "is_used"), [("", True), ("raise ImportError('undefined symbol')", False)])
+def test_fused_weight_gradients_are_used_if_their_module_can_be_loaded(content, is_used, tmp_path, monkeypatch, caplog):
+    from megatron_dypo.mcore import features
+    from megatron_dypo.parallel import device
+
+    name = "fused_weight_gradient_mlp_cuda"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
+    assert features.probe().grad_accumulation_fusion is is_used
+    sys.modules.pop(name, None)
+    told = "fused_weight_gradient_mlp_cuda is installed but cannot be loaded (undefined symbol); it is left out"
+    assert caplog.messages == ([] if is_used else [told])
