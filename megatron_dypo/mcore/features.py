@@ -74,13 +74,10 @@ def uses_transformer_engine() -> bool:
 
 def probe() -> Features:
     """Return the features that work on this machine."""
-    has_te, has_fusion = (
-        uses_transformer_engine(),
-        importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-    )
+    has_te = uses_transformer_engine()
     return Features(
         transformer_engine=has_te,
-        grad_accumulation_fusion=device.on_gpu() and has_fusion,
+        grad_accumulation_fusion=device.on_gpu() and _loads("fused_weight_gradient_mlp_cuda"),
         fp8_obstacles=fp8_obstacles(
             te_version=importlib.metadata.version("transformer_engine") if has_te else None,
             capability=device.compute_capability(),

@@ -58,9 +58,9 @@ def test_fused_weight_gradients_are_used_if_their_module_can_be_loaded(content, 
     name = "fused_weight_gradient_mlp_cuda"
     (tmp_path / f"{name}.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
     assert features.probe().grad_accumulation_fusion is is_used
-    sys.modules.pop(name, None)
     told = "fused_weight_gradient_mlp_cuda is installed but cannot be loaded (undefined symbol); it is left out"
     assert caplog.messages == ([] if is_used else [told])
