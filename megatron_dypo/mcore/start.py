@@ -6,7 +6,7 @@ import datetime
 
 from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.mcore import features
-from megatron_dypo.mcore.compat import cpu
+from megatron_dypo.mcore.compat import cpu, without_te
 from megatron_dypo.parallel import device, groups
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -14,7 +14,8 @@ from megatron_dypo.parallel.groups import MeshRank
 def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> MeshRank:
     """Join the world, set up Megatron's model-parallel groups and RNG seeds, and return this rank's place in the mesh.
 
-    On a CPU this also installs :mod:`megatron_dypo.mcore.compat.cpu`. Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
+    This also installs :mod:`megatron_dypo.mcore.compat.cpu` on a CPU, and :mod:`megatron_dypo.mcore.compat.without_te`
+    where Transformer Engine is not used. Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
     ``MASTER_PORT`` and ``LOCAL_RANK`` as torchrun sets them; without ``RANK`` the world is this process.
 
     Raises:
@@ -25,6 +26,8 @@ def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed:
     features.shield_imports()
     if not device.on_gpu():
         cpu.install()
+    if not features.uses_transformer_engine():
+        without_te.install()
     device.bind()
     layout = groups.join(mesh, datetime.timedelta(seconds=timeout_s))
     _seed(seed, layout)

@@ -14,8 +14,9 @@ from torch import Tensor
 class Projection:
     """An output weight as the operand of three matmuls: logits, gradient of the hidden states, its own gradient.
 
-    On an accelerator a weight in bf16 or fp16 is multiplied directly: matmuls there accumulate and return fp32. On a
-    CPU a matmul of bf16 returns bf16, so the weight is converted to fp32 block by block.
+    On an accelerator a weight in bf16 or fp16 is multiplied as it is: matmuls there accumulate and return fp32. Only
+    the gradient of the logits is converted. On a CPU a matmul of bf16 returns bf16, so the weight is converted to fp32.
+    Operands that must be converted are cut into blocks of the vocabulary; otherwise one matmul takes all of it.
     """
 
     def __init__(self, weight_VH: Tensor, dtype: torch.dtype, scratch_bytes: int) -> None:
@@ -23,37 +24,40 @@ class Projection:
         Args:
             weight_VH: [V, H].
             dtype: of logits and gradients, fp32 or fp64.
-            scratch_bytes: bound on the converted copy of a block; at least one row of the weight is converted.
+            scratch_bytes: bound on the converted copies of a block; a block has at least one vocabulary entry.
         """
         self.dtype = dtype
-        self._weight_VH = weight_VH
+        self._weight_VH, self._scratch_bytes = weight_VH, scratch_bytes
         is_narrow = weight_VH.dtype in (torch.bfloat16, torch.float16)
         self._operand = weight_VH.dtype if is_narrow and weight_VH.device.type != "cpu" else dtype
-        self._width = len(weight_VH)
-        if weight_VH.dtype != dtype:
-            self._width = max(1, scratch_bytes // (weight_VH.shape[1] * dtype.itemsize))
 
     def logits(self, hidden_RH: Tensor, scale: float, out_RV: Tensor) -> None:
         """out = scale · hidden @ weightᵀ."""
         hidden_RH = hidden_RH.to(self._operand)
-        for columns, block_BH in self._blocks():
+        for columns, block_BH in self._blocks(num_gradients=0):
             _addmm(out_RV[:, columns], hidden_RH, block_BH.t(), beta=0, alpha=scale)
 
     def backward(self, grad_RV: Tensor, hidden_RH: Tensor, weight_grad_VH: Tensor | None) -> Tensor:
         """grad @ weight [R, H]; and weight_grad += gradᵀ @ hidden, where one is wanted."""
         hidden_RH = hidden_RH.to(self._operand)
         total_RH = torch.zeros(hidden_RH.shape, dtype=self.dtype, device=hidden_RH.device)
-        for columns, block_BH in self._blocks():
+        for columns, block_BH in self._blocks(num_gradients=len(grad_RV)):
             block_RB = grad_RV[:, columns].to(self._operand)
             _addmm(total_RH, block_RB, block_BH)
             if weight_grad_VH is not None:
                 _addmm(weight_grad_VH[columns], block_RB.t(), hidden_RH)
         return total_RH
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self._weight_VH), self._width):
+    def _blocks(self, *, num_gradients: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield columns of the logits and the operand for them. ``num_gradients`` values are converted for a column."""
+        converted = self._weight_VH.shape[1] if self._weight_VH.dtype != self._operand else 0
+        converted += num_gradients if self._operand != self.dtype else 0
+        width = len(self._weight_VH)
+        if converted:
+            width = min(width, max(1, self._scratch_bytes // (converted * self._operand.itemsize)))
+        for start in range(0, len(self._weight_VH), width):
             # Stop at the last row: the gradient may have more rows, for padding.
-            columns = slice(start, min(start + self._width, len(self._weight_VH)))
+            columns = slice(start, min(start + width, len(self._weight_VH)))
             yield columns, self._weight_VH[columns].to(self._operand)
 
 

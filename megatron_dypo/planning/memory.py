@@ -206,10 +206,9 @@ def _loss(setting: Setting, tokens: float) -> float:
     rows = tokens / -(-tokens // most)
     logits, scratch = rows * width * FP32, budget / 8
     hidden = tokens * arch.hidden_size
-    block = min(scratch, width * arch.hidden_size * FP32)  # rows of the weight that are multiplied at once, as fp32
-    if setting.on_gpu:  # a GPU multiplies them, and their part of the logits' gradient, in bf16
-        block *= e * rows / (arch.hidden_size * FP32)
-    operands = block if e < FP32 else 0.0
+    # A CPU converts rows of the weight to fp32, a GPU columns of the logits' gradient to bf16.
+    converted = rows * width * e if setting.on_gpu else width * arch.hidden_size * FP32
+    operands = min(scratch, converted) if e < FP32 else 0.0
     forward = min(scratch, logits)
     backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
     chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered ones, response tokens'

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
-from megatron_dypo.mcore.compat.restricted_pickle import load_metadata, require_plain_state
+from megatron_dypo.mcore.compat.restricted_pickle import load_metadata, require_plain_state, te_may_unpickle
 from tests.support.dist.saved import rank_save
 from tests.support.dist.spawn import run_ranks
 from tests.support.exploits import hide_in_metadata, hide_in_tensor_files, pickled, saved_by_torch
@@ -172,6 +172,21 @@ def test_states_of_tensors_and_numbers_pass() -> None:
     assert len(torch.load(stream, weights_only=True)) == 1, "the stream must be at its beginning again"
     for empty in (None, torch.empty(0, dtype=torch.uint8)):
         require_plain_state("s", empty)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_transformer_engine_may_unpickle_only_while_checked_states_are_loaded(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+    with pytest.raises(ZeroDivisionError), te_may_unpickle():
+        assert os.environ[name] == "1"
+        raise ZeroDivisionError
+    assert os.environ.get(name) == before
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,15 @@ def _whole_state(
     is_loading: bool,
     with_rng: bool = True,
 ) -> dict[str, Any]:
-    # This is the only optimizer format that allows every axis to change.
-    metadata = {"dp_cp_group": layout.dp_group, "distrib_optim_sharding_type": "fully_reshardable"}
+    metadata = {
+        "dp_cp_group": layout.dp_group,
+        # This is the only optimizer format that allows every axis to change.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # Only the first replica writes, so only its ranks gather what all replicas hold, and only in host memory.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
     state = model_state(chunks, metadata)
+    optimizer.fill_state()
     state["optimizer"] = optimizer.megatron.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     if with_rng:
         state["rng"] = rng.sharded_state(layout)

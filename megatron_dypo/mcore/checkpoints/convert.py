@@ -18,7 +18,7 @@ from megatron_dypo.mcore.checkpoints.torch_dist_writer import MCoreWriter, Store
 from megatron_dypo.mcore.checkpoints.verify import find_damage_of_weights
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
-from megatron_dypo.models.families.registry import family_rows, stacked_shape, state_keys, stored_key
+from megatron_dypo.models.families.registry import FINAL_NORM_STATE, family_rows, stacked_shape, state_keys, stored_key
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
@@ -53,9 +53,8 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
         writer = MCoreWriter(folder)
         for pp_rank in range(mesh.pipeline):
             stage = [row for row in rows if _stage(row, arch, stage_of) == pp_rank]
-            layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
             for tp_rank in range(mesh.tensor):
-                states = [key for layer in layers for key in state_keys(layer, arch)] if tp_rank == 0 else []
+                states = _states(stage, arch) if tp_rank == 0 else []
                 chunks = (c for row in stage for c in _chunks(row, reader, arch, tp_rank, mesh.tensor))
                 for num_bytes in writer.write_rank(pp_rank * mesh.tensor + tp_rank, states, chunks):
                     bar.update(num_bytes)
@@ -168,6 +167,13 @@ def _stage(row: Row, arch: Architecture, stage_of: Mapping[int, int]) -> int:
     if index:
         return stage_of[index[0]]
     return min(stage_of.values()) if row.mcore.startswith("embedding.") else max(stage_of.values())
+
+
+def _states(stage: list[Row], arch: Architecture) -> list[str]:
+    """Return the keys of the states of a stage's modules. The final norm is on the last stage."""
+    layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
+    is_last = any(row.mcore == "decoder.final_layernorm.weight" for row in stage)
+    return [key for layer in layers for key in state_keys(layer, arch)] + [FINAL_NORM_STATE] * is_last
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:

@@ -12,7 +12,7 @@ from megatron_dypo.mcore.checkpoints.parts import load_parts
 from megatron_dypo.mcore.checkpoints.torch_dist import WEIGHTS_FOLDER
 from megatron_dypo.mcore.checkpoints.verify import all_ranks, find_damage_of_weights
 from megatron_dypo.mcore.chunks import unwrap
-from megatron_dypo.mcore.compat.restricted_pickle import require_plain_state
+from megatron_dypo.mcore.compat.restricted_pickle import require_plain_state, te_may_unpickle
 from megatron_dypo.mcore.param_gather import finish_gather
 
 
@@ -68,4 +68,5 @@ def fill(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
         for key, value in state[name].items():
             if key.rpartition(".")[2].startswith("_extra_state"):
                 require_plain_state(key, value)
-        unwrap(chunk).load_state_dict(state[name])
+        with te_may_unpickle():
+            unwrap(chunk).load_state_dict(state[name])

@@ -28,6 +28,8 @@ class PrivateName:
     """The first version of the package that has the name in this form."""
     takes: tuple[str, ...] = ()
     """Parameters of a function that this package passes, or receives if it overrides the function."""
+    needs_te: bool = False
+    """Whether the name exists only where Transformer Engine can be imported."""
 
     def get(self) -> Any:
         """Return the object of that name.

@@ -6,9 +6,12 @@ for FP8. An unpickler calls whatever a pickle names; these know only the classes
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
+import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +60,12 @@ _TE_STATE = {
     "torch": {"Size", "device"},
     "torch._utils": {"_rebuild_tensor_v2"},
     "collections": {"OrderedDict"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
 }
 _LOADERS = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
 """Functions that read the storage of a tensor inside a pickle: torch's, and that by which core 0.17 and later replace
 it, so that it stands in the pickles of their runs."""
+_TE_PERMISSION = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _TE_RECIPES = "transformer_engine.common.recipe"
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
 """Beginnings of lines of torch's message."""
@@ -153,3 +158,21 @@ def require_plain_state(name: str, state: object) -> None:
             state.seek(0)
     except DAMAGED as error:
         raise ValueError(f"{name}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def te_may_unpickle() -> Iterator[None]:
+    """Let Transformer Engine unpickle states within the block. Each must have passed :func:`require_plain_state`.
+
+    Since 2.16.1 it refuses the states of delayed scaling unless an environment variable allows all pickles
+    (``transformer_engine/pytorch/_extra_state.py``).
+    """
+    before = os.environ.get(_TE_PERMISSION)
+    os.environ[_TE_PERMISSION] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_TE_PERMISSION]
+        else:
+            os.environ[_TE_PERMISSION] = before

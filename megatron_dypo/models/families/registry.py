@@ -26,6 +26,11 @@ ALIASES = {
 
 _ATTENTION_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
 
+_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+
+FINAL_NORM_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
+"""Key of the state of the norm after the last layer; see :func:`state_keys`."""
+
 _FUSED = {plain: fused for fused, plain in ALIASES.items()}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # One expert after the other (the local spec), or all in one module with numbered weights (Transformer Engine).
@@ -123,10 +128,12 @@ def stacked_shape(index: tuple[int, ...], arch: Architecture) -> tuple[int, ...]
 def state_keys(layer: int, arch: Architecture) -> list[str]:
     """Return the keys of the states in a distributed checkpoint that belong to a layer but are no weights.
 
-    The states are empty except under FP8, but Megatron-Core does not load a checkpoint without them.
+    The states are empty except under FP8, but Megatron-Core does not load a checkpoint without them. Transformer
+    Engine's norms have a state where they are modules of their own; torch's have none.
     """
-    mlp = () if arch.experts else ("mlp.linear_fc1", "mlp.linear_fc2")
-    keys = [f"{module}._extra_state/shard_{layer}_{arch.num_layers}" for module in (*_ATTENTION_MODULES, *mlp)]
+    modules = [*_ATTENTION_MODULES, *(_QK_NORMS if arch.qk_norm else ())]
+    modules += ["pre_mlp_layernorm"] if arch.experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    keys = [f"{module}._extra_state/shard_{layer}_{arch.num_layers}" for module in modules]
     for expert in range(_num_experts(arch)):
         shard = f"shard_{layer}.{expert}_{arch.num_layers}.{_num_experts(arch)}"
         keys += [f"{_EXPERTS}.experts.{linear}._extra_state/{shard}" for linear in ("linear_fc1", "linear_fc2")]

@@ -66,6 +66,23 @@ def test_fp32_round_trip_through_files_cut_small(tmp_path):
     assert import_transformers().AutoTokenizer.from_pretrained(tmp_path / "hf").encode("t5 t7") == [5, 7]
 
 
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "norms"),
+    [
+        ("llama", set()),
+        ("qwen3", {"self_attention.q_layernorm", "self_attention.k_layernorm"}),
+        ("qwen3_moe", {"self_attention.q_layernorm", "self_attention.k_layernorm", "pre_mlp_layernorm"}),
+    ],
+)
+def test_each_norm_that_is_a_module_of_transformer_engine_has_a_state(kind, norms, pp, models, tmp_path):
+    convert(models[kind], tmp_path / "mcore", pp=pp)
+    keys = FileSystemReader(tmp_path / "mcore").read_metadata().state_dict_metadata.keys()
+    found = {key for key in keys if "layernorm._extra_state" in key}
+    in_layers = {f"decoder.layers.{norm}._extra_state/shard_{layer}_4" for norm in norms for layer in range(4)}
+    assert found == in_layers | {"decoder.final_layernorm._extra_state/shard_0_1"}
+
+
 def test_a_checkpoint_without_its_reference_needs_one(models, tmp_path):
     convert(models["qwen2"], tmp_path / "mcore")
     shutil.rmtree(tmp_path / "mcore" / "hf")

@@ -78,3 +78,19 @@ def test_the_layers_of_every_core_get_our_router(experts):
     mlp = features.layer_spec(arch, features.probe()).submodules.mlp
     inner = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     assert (getattr(inner, "router", None) is BalancedRouter) == (experts is not None)
+
+
+@pytest.mark.parametrize(("content", "is_used"), [("", True), ("raise ImportError('undefined symbol')", False)])
+def test_fused_weight_gradients_are_used_if_their_module_can_be_loaded(content, is_used, tmp_path, monkeypatch, caplog):
+    from megatron_dypo.mcore import features
+    from megatron_dypo.parallel import device
+
+    name = "fused_weight_gradient_mlp_cuda"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
+    assert features.probe().grad_accumulation_fusion is is_used
+    told = "fused_weight_gradient_mlp_cuda is installed but cannot be loaded (undefined symbol); it is left out"
+    assert caplog.messages == ([] if is_used else [told])
