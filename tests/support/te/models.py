@@ -178,7 +178,7 @@ def recipes() -> dict[str, list[Any]]:
 
     joined()
     configs = [Fp8Config(recipe=name) for name in ("tensorwise", "blockwise", "mxfp8")]
-    made = {}
+    made: dict[str, list[Any]] = {}
     for fp8 in (*configs, Fp8Config(recipe="delayed", margin=1, amax_history_len=32)):
         sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
         recipe = get_fp8_recipe(TransformerConfig(**sizes, bf16=True, **layer_settings(fp8)))
