@@ -166,3 +166,23 @@ def resume_optimizer(hf_path: str, folder: str) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
         "main_parameters": sum(parameter.numel() for parameter in inner.state),
     }
+
+
+def recipes() -> dict[str, list[Any]]:
+    """Return name → class, format, margin and history of what Megatron makes of each recipe of the config."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_dypo.config.fp8 import Fp8Config
+    from megatron_dypo.mcore.fp8 import layer_settings
+
+    joined()
+    configs = [Fp8Config(recipe=name) for name in ("tensorwise", "blockwise", "mxfp8")]
+    made: dict[str, list[Any]] = {}
+    for fp8 in (*configs, Fp8Config(recipe="delayed", margin=1, amax_history_len=32)):
+        sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+        recipe = get_fp8_recipe(TransformerConfig(**sizes, bf16=True, **layer_settings(fp8)))
+        own = next(base for base in type(recipe).__mro__ if base.__module__ == "transformer_engine.common.recipe")
+        settings = [getattr(recipe, name, None) for name in ("margin", "amax_history_len")]
+        made[fp8.recipe] = [own.__name__, recipe.fp8_format.name, *settings]
+    return made
