@@ -26,24 +26,32 @@ def install() -> None:
     """Patch torch and Megatron-Core for this process; a second call does nothing.
 
     Raises:
-        ValueError: another version of Megatron-Core, for which these patches were not written.
+        ValueError: another version of Megatron-Core, with which these patches are not tested.
     """
     import megatron.core
 
     from megatron_dypo.mcore.compat import cpu_megatron
 
-    version = megatron.core.__version__
-    if version not in CPU_CORES:
-        raise ValueError(
-            f"megatron-core=={version}: on a CPU it must be one of {', '.join(CPU_CORES)} (the CPU patches are tested "
-            f"with these): pip install megatron-core=={newest_core(platform.python_version())}"
-        )
+    require_known(megatron.core.__version__)
     _patch_torch_factories()
     _patch_torch_cuda()
     _patch_tensor_methods()
     _patch_gloo_scatter()
     _patch_gloo_uneven()
     cpu_megatron.patch_megatron()
+
+
+def require_known(version: str) -> None:
+    """Raise ValueError unless the patches are tested with this Megatron-Core.
+
+    Args:
+        version: ``megatron.core.__version__``. In a git repository 0.19 appends the commit: ``0.19.2+e44f404f``.
+    """
+    if version.partition("+")[0] not in CPU_CORES:
+        raise ValueError(
+            f"megatron-core=={version}: on a CPU it must be one of {', '.join(CPU_CORES)} (the CPU patches are tested "
+            f"with these): pip install megatron-core=={newest_core(platform.python_version())}"
+        )
 
 
 def _patch_torch_factories() -> None:
