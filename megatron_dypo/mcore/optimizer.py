@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from megatron_dypo.mcore.fp8 import optimizer_settings
 from megatron_dypo.mcore.options.denied import OPTIMIZER
 from megatron_dypo.mcore.options.reading import Mapped, make
 from megatron_dypo.mcore.param_gather import begin_gather, keep_whole
+
+_SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd", "optimizer")
+"""Settings that all parameter groups of a run share. Core 0.19 finds a stored group by these too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,9 @@ class PolicyOptimizer:
         parameter groups, from which the schedule reads its bounds.
         """
         settings = [_settings(group) for group in self.megatron.param_groups]
+        stored = next(_stored_groups(state), {})
+        for group in self.megatron.param_groups:
+            group.update({name: stored[name] for name in _SCHEDULE if name in stored})
         self.megatron.load_state_dict(state)
         for group, own in zip(self.megatron.param_groups, settings, strict=True):
             group.update(own)
@@ -114,6 +120,15 @@ class PolicyOptimizer:
             copy_main_params(optimizer)
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
+
+
+def _stored_groups(state: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the parameter groups in the state of one optimizer or of several."""
+    if isinstance(state, Mapping):
+        yield from state.get("param_groups", ())
+        yield from (group for key, inner in state.items() if key != "state" for group in _stored_groups(inner))
+    elif isinstance(state, list):
+        yield from (group for inner in state for group in _stored_groups(inner))
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

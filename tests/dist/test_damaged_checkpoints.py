@@ -55,6 +55,11 @@ def files_of(checkpoint: Path) -> list[str]:
     return sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
 
 
+def last_file(root: Path) -> str:
+    """Return the last file in which rank 0 wrote tensors: the second with core 0.16, the only one since 0.17."""
+    return max(path.name for path in (root / "step_000002" / "mcore").glob("__0_*.distcp"))
+
+
 def replace(path: Path, content: bytes) -> None:
     path.unlink()
     path.write_bytes(content)
@@ -144,9 +149,9 @@ def test_the_checkpoint_before_the_trackers_is_taken_and_not_a_newer_one(root: P
 
 
 def test_without_a_whole_checkpoint_nothing_is_renamed_and_every_reason_said(root: Path) -> None:
-    flip(root / "step_000002" / "mcore" / "common.pt", 7)
+    flip(root / "step_000002" / "mcore" / "metadata.json", 7)
     (root / "step_000001" / "mcore" / ".metadata").unlink()
-    expected = r"step_000002/mcore/common\.pt: bytes 0 to .*; step_000001/mcore/\.metadata: is missing: restore one, or"
+    expected = r"step_000002/mcore/metadata\.json: bytes 0 to .*; step_000001/mcore/\.metadata: is missing: restore one, or"
     with pytest.raises(ValueError, match=expected):
         newest_whole(candidates(root), "full", ALONE)
     assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["step_000001", "step_000002"]
@@ -169,8 +174,9 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_with_one_warning(
 def test_an_export_takes_the_older_checkpoint_and_refuses_a_damaged_one_that_is_named(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flip(root / "step_000002" / "mcore" / "__0_1.distcp", 1_000_003)
-    expected = f"{root}/step_000002/mcore/__0_1.distcp: bytes 0 to "
+    name = last_file(root)
+    flip(root / "step_000002" / "mcore" / name, 1_000_003)
+    expected = f"{root}/step_000002/mcore/{name}: bytes 0 to "
     out = tmp_path / "exports" / "step_000001"
     assert export_run(tmp_path, show_progress=False) == out
     assert [record.getMessage()[: len(expected) + 20] for record in caplog.records] == [f"DAMAGED CHECKPOINT: {expected}"]
@@ -196,8 +202,9 @@ def test_damage_in_any_ranks_share_makes_all_ranks_take_the_older_one(
     model: Path, original: Path, tmp_path: Path
 ) -> None:
     """Each of the five runs finds another damage, and goes on from the first step, on both ranks."""
+    last = last_file(original)
     damages: dict[str, Callable[[Path], None]] = {
-        "mcore/__0_1.distcp": functools.partial(flip, bit=1_000_003),
+        f"mcore/{last}": functools.partial(flip, bit=1_000_003),
         "reference/__0_0.distcp": functools.partial(flip, bit=1_000_003),
         "mcore/.metadata": DAMAGES["truncated"],
         "leader_00001.bin": DAMAGES["deleted"],
@@ -213,6 +220,6 @@ def test_damage_in_any_ranks_share_makes_all_ranks_take_the_older_one(
     expected = [(1, {"cursor": 1}, leaders)] * len(damages) + [(2, {"cursor": 2}, leaders)]
     assert [found for found, _ in results] == [expected, expected]
     for _, error in results:
-        assert error.startswith(f"{damaged}/__0_1.distcp: bytes 0 to "), error
+        assert error.startswith(f"{damaged}/{last}: bytes 0 to "), error
     for root in roots:
         assert (root / "step_000002.damaged").is_dir()
