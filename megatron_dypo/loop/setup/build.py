@@ -96,7 +96,7 @@ def open_run(config: Config) -> Iterator[Run]:
             tally=base.tally,
             teacher=teacher,
         )
-        _attach_profiler(run, layout)
+        base.timings.around = _profiler(base).around
         yield run
 
 
@@ -127,15 +127,15 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
         )
 
 
-def _attach_profiler(run: Run, layout: MeshRank) -> None:
-    """Let the parts of this run's steps be profiled, if the config asks for it."""
-    run.timings.around = Profiler(
-        cfg=run.config.profile,
-        rank=layout.rank,
-        run_dir=run.dir,
-        step=lambda: run.progress.step + 1,
-        note=run.timings.note,
-    ).around
+def _profiler(base: Foundation) -> Profiler:
+    """Return the profiler of the parts of this rank's steps, which does nothing unless the config asks for it."""
+    return Profiler(
+        cfg=base.config.profile,
+        rank=base.policy.layout.rank,
+        run_dir=base.run_dir,
+        step=lambda: base.progress.step + 1,
+        note=base.timings.note,
+    )
 
 
 def _open_replica(base: Foundation) -> tuple[OpenedLeader | Follower, Replica]:
