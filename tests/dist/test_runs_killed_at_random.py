@@ -20,7 +20,7 @@ from tests.support.faults.ranks import start_ranks
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS, RANKS = 11, 2
-STEPS = {"sft": 150, "sft, async": 150, "dypo": 16, "dypo, async": 16}
+STEPS = {"sft": 150, "sft, async": 150, "dypo": 40, "dypo, async": 40}
 """Steps of each case: enough for all kills, since a step of SFT asks no server."""
 LATEST_S = {"sft": 0.4, "sft, async": 0.4, "dypo": 1.5, "dypo, async": 1.5}
 """Longest time from the end of a step to a kill."""
@@ -110,11 +110,14 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(tmp_path
     again = of(run_dir)
     assert again.keys() == seen.keys()
     assert sorted(seen)[-1] == STEPS[case]
-    assert again == seen
+    is_timed = case == "dypo, async"  # in a stream of groups it depends on time how many prompts are drawn by a step
+    assert {step: of_step[:2] if is_timed else of_step for step, of_step in again.items()} == {
+        step: of_step[:2] if is_timed else of_step for step, of_step in seen.items()
+    }
     for record in steps_of(run_dir).values():
         accounts = {name: value for name, value in record.items() if name.startswith("ledger/")}
         assert accounts.pop("ledger/drawn", 0.0) == sum(accounts.values())
-    if case == "dypo, async":  # which groups a stream gives a batch depends on time, so a calm run has others
+    if is_timed:  # so does which groups a batch gets: a calm run has others
         return
     with policy_servers(2, model_path=str(tmp_path / "calm" / "model")) as servers:
         (tmp_path / "calm").mkdir()
