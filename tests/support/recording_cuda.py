@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.parallel import device
+from megatron_dypo.parallel.environment import NO_WATCHDOG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +153,10 @@ class NcclGroup:
 
     def __init__(self, cuda: RecordingCuda, store: dist.Store, rank: int, size: int, options: Any) -> None:
         self._cuda = cuda
-        self._group: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=20))
-        self.max_ctas = options.config.max_ctas
+        # First, as NCCL's does: once both ends have met, the other one's thread restores the environment of both.
         self.ends_process = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3") != "0"
+        self.max_ctas = options.config.max_ctas
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=20))
         self.aborted = False
         cuda.note("make a group")
 
@@ -179,6 +181,8 @@ class _Options:
 def stand_in_for_nccl(cuda: RecordingCuda, patch: pytest.MonkeyPatch) -> list[NcclGroup]:
     """Replace ``ProcessGroupNCCL``; return the list that each new group joins."""
     made: list[NcclGroup] = []
+    for name in NO_WATCHDOG:
+        patch.delenv(name, raising=False)  # both ends share this process's environment: the test restores it
 
     class Group(NcclGroup):
         Options = _Options
