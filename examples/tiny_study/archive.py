@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -27,18 +26,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from whole_job.guarded import ROOT
 from whole_job.stages import Stages
 
-from megatron_dypo.eval.records import SUMMARY_FILE, records_path
+from megatron_dypo.eval.records import SUMMARY_FILE, read_records, records_path
 from megatron_dypo.fs import new_file
-from megatron_dypo.metrics.records import METRICS_FILE
+from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 from megatron_dypo.study.cells import Cell
 from megatron_dypo.study.compare import open_comparison
 from megatron_dypo.study.missing import reason
 from tiny_study.inputs import TASKS, make_inputs, start_path
-from tiny_study.plan import Plan, read_plan
+from tiny_study.plan import STUDY, Plan, open_plan
 from tiny_study.results import CURVES
 from tiny_study.specs import DIVERGED, spec_path
 
-STUDY = Path("examples/tiny_study/study.yaml")
 _STARTS = "starts.json"
 _METRICS = ("step", "time", "ledger/drawn", "rollout/reward", *CURVES)
 app = typer.Typer(add_completion=False)
@@ -47,7 +45,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def pack(path: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan of the study.")] = STUDY) -> None:
     """Write the archive of the cells that are done."""
-    plan = _plan(path)
+    plan = open_plan(path)
     contents = dict(_files(plan))
     contents[_STARTS] = json.dumps(_starts(plan), indent=1).encode()
     target = archive_path(plan)
@@ -63,7 +61,7 @@ def pack(path: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan of 
 @app.command()
 def unpack(path: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan of the study.")] = STUDY) -> None:
     """Make inputs and warm starts, and put the cells of the archive beside them."""
-    plan = _plan(path)
+    plan = open_plan(path)
     stages = Stages(ROOT / plan.out / "stages.json", plan.data_seed)
     with tarfile.open(archive_path(plan)) as archive:
         contents = {entry.name: _bytes(archive, entry) for entry in archive.getmembers()}
@@ -91,12 +89,6 @@ def archive_path(plan: Plan) -> Path:
     return ROOT / plan.source.with_name("cells.tar.xz")
 
 
-def _plan(path: Path) -> Plan:
-    path = path.resolve() if path != STUDY else ROOT / STUDY
-    os.chdir(ROOT)
-    return read_plan(path)
-
-
 def _files(plan: Plan) -> Iterator[tuple[str, bytes]]:
     """Yield the name, relative to the study's folder, and the content of each file that is kept."""
     for task in plan.tasks:
@@ -115,12 +107,11 @@ def _files_of(cell: Cell, out: Path) -> Iterator[tuple[str, bytes]]:
         yield str(folder / path.relative_to(cell.folder)), path.read_bytes()
     for name in cell.config.eval.sets:
         records = records_path(cell.eval_dir, name)
-        rows = [{**json.loads(line), "response": ""} for line in records.read_text(encoding="utf-8").splitlines()]
+        rows: list[dict[str, object]] = [{**vars(record), "response": ""} for record in read_records(records)]
         yield str(folder / records.relative_to(cell.folder)), _lines(rows)
-    metrics = (cell.run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     rows = [
-        {key: value for key, value in json.loads(line).items() if key in _METRICS or key.endswith("/accuracy")}
-        for line in metrics
+        {key: value for key, value in record.items() if key in _METRICS or key.endswith("/accuracy")}
+        for record in read_metrics(cell.run_dir / METRICS_FILE)
     ]
     yield str(folder / "run" / METRICS_FILE), _lines(rows)
 

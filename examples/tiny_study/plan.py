@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from megatron_dypo.config.reading.yaml_text import read_yaml
 from megatron_dypo.study.spec import OUR_TRAIN_COMMAND, require_known
 from tiny_study.inputs import TASKS
 
+STUDY = Path("examples/tiny_study/study.yaml")
+"""The plan that is meant if none is named, from the root."""
 SETS = ("heldout", "longer", "phrasing")
 """Sets that final runs are compared on: one of the training distribution, two outside of it."""
 RECORDS_COMMAND = (sys.executable, str(ROOT / "examples" / "tiny_study" / "records.py"), "{cell}")
@@ -117,6 +120,13 @@ class Plan:
     def folder(self, task: str) -> Path:
         """Return the folder of a task, relative to the root."""
         return Path(self.out) / task
+
+
+def open_plan(path: Path) -> Plan:
+    """Read a plan named on the command line, and make the repository's root the working folder."""
+    path = path.resolve() if path != STUDY else ROOT / STUDY
+    os.chdir(ROOT)
+    return read_plan(path)
 
 
 def read_plan(path: Path) -> Plan:

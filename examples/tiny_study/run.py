@@ -30,7 +30,7 @@ from tiny_study.budget import budget_table
 from tiny_study.inputs import make_inputs
 from tiny_study.kept_server import CLI, kept_server
 from tiny_study.page import write_page
-from tiny_study.plan import Plan, read_plan
+from tiny_study.plan import STUDY, Plan, open_plan
 from tiny_study.results import collect_results, read_results
 from tiny_study.specs import (
     DIVERGED,
@@ -42,7 +42,6 @@ from tiny_study.specs import (
     write_spec,
 )
 
-STUDY = Path("examples/tiny_study/study.yaml")
 # A model of this size gains nothing from a second thread, and threads that wait for each other slow down all that runs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -95,9 +94,7 @@ def main(
     ] = False,
 ) -> None:
     """Run a study that was fixed in advance."""
-    path = path.resolve() if path != STUDY else ROOT / STUDY
-    os.chdir(ROOT)
-    plan = read_plan(path)
+    plan = open_plan(path)
     if budget:
         print(budget_table(plan))
     elif page:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from megatron_dypo.metrics.versions import installed_versions
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "sglang", "sglang-router", "transformers")
 """Packages that pip knows by these names, in the order of the report."""
@@ -32,12 +33,7 @@ class Installed:
 
 def look() -> Installed:
     """Look at the environment of this interpreter. Of the packages only torch is imported, if it is installed."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = installed_versions(PACKAGES)
     error, toolkit, gpus = _ask_torch() if "torch" in versions else (None, None, ())
     return Installed(
         python=platform.python_version(),

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.mcore.compat.te_experts import patch_te_experts
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
+from megatron_dypo.supported import numbers
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -91,7 +91,7 @@ class Features:
             ),
             (
                 optimizer.algorithm == "muon",
-                _version(self.megatron) >= _MUON_SINCE,
+                numbers(self.megatron) >= _MUON_SINCE,
                 muon,
                 f"megatron-core {dotted(_MUON_SINCE)} or newer, found {self.megatron}",
             ),
@@ -163,7 +163,7 @@ def fp8_obstacles(
             obstacles[recipe] = "a GPU: this machine has none"
         elif te_version is None:
             obstacles[recipe] = "Transformer Engine, which is not installed"
-        elif _version(te_version) < oldest:
+        elif numbers(te_version) < oldest:
             obstacles[recipe] = f"Transformer Engine {dotted(oldest)} or newer, found {te_version}"
         elif missing := missing_capability(recipe, capability):
             obstacles[recipe] = missing
@@ -232,8 +232,3 @@ def _loads(extension: str) -> bool:
 
 def _is_nvidias(name: str) -> bool:
     return name != "apex" or importlib.util.find_spec("apex.multi_tensor_apply") is not None
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: (2, 3) of ``2.3.0.dev0+5fdd7bb``."""
-    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import megatron_dypo
@@ -16,8 +17,14 @@ _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "sglang", "tra
 
 def collect_versions() -> dict[str, str]:
     """Return distribution → version for the installed distributions, without importing them."""
-    versions = {"megatron-dypo": megatron_dypo.__version__, "python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
+    own = {"megatron-dypo": megatron_dypo.__version__, "python": platform.python_version()}
+    return own | installed_versions(_DISTRIBUTIONS)
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return distribution → version for those of ``names`` that are installed, without importing them."""
+    versions = {}
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

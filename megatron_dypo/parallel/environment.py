@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables with the settings of torch's allocator, the older name first."""
@@ -11,6 +13,21 @@ EXPANDABLE = "expandable_segments"
 NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 """Variables with which a process group leaves errors to those who use it. By default a thread of ProcessGroupNCCL ends
 the process if an operation fails or is late. Each group reads them when it is made."""
+
+
+@contextlib.contextmanager
+def with_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process inside the block, and restore what they were after it."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def prepare_rank(environment: MutableMapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.fs import replace_file
-from tools.gpu_parts.stages import Stage, is_good, summary
+from tools.gpu_parts.stages import Stage, summary
 
 
 def write_result(
@@ -49,7 +49,7 @@ def page(
         lines += ["", f"## {stage.name}", ""]
         verdicts = result.get("verdicts", {})
         lines += [f"- {'met' if is_met else '**missed**'}: {bar}" for bar, is_met in verdicts.items()]
-        if not is_good(result) and "error" in result:
+        if "error" in result:
             lines.append(f"- **failed**: {result['error']}")
         numbers = {name: value for name, value in result.items() if name not in ("verdicts", "error")}
         lines += ["", "```json", json.dumps(_short(numbers), indent=1), "```"]

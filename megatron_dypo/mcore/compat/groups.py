@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_dypo.mcore.compat.private_name import PrivateName
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.environment import NO_WATCHDOG
+from megatron_dypo.parallel.environment import NO_WATCHDOG, with_variables
 
 NEW_GROUP = PrivateName(
     package="torch",
@@ -44,7 +41,7 @@ def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeou
     Raises:
         RuntimeError: a rank did not join within ``timeout``, or torch lacks the private names.
     """
-    with errors_do_not_end_the_process():
+    with with_variables(NO_WATCHDOG):
         group, _ = NEW_GROUP.get()(
             size,
             0,
@@ -72,7 +69,7 @@ def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.ti
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout  # pytorch/pytorch v2.13.0 torch/csrc/distributed/c10d/init.cpp: no public name
         options.config.max_ctas = max(1, ctas)
-        with errors_do_not_end_the_process():
+        with with_variables(NO_WATCHDOG):
             return dist.ProcessGroupNCCL(store, rank, size, options)
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
@@ -81,18 +78,3 @@ def abort(group: Any) -> None:
     """End the operations of a group of NCCL that are under way: its kernels would wait indefinitely."""
     if group is not None and device.on_gpu():
         group.abort()
-
-
-@contextlib.contextmanager
-def errors_do_not_end_the_process() -> Iterator[None]:
-    """Make groups inside the block of which the loss of a rank is an error of its operations, and nothing more."""
-    before = {name: os.environ.get(name) for name in NO_WATCHDOG}
-    os.environ.update(NO_WATCHDOG)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

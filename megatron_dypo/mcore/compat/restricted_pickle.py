@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_dypo.mcore.compat.private_name import PrivateName
+from megatron_dypo.parallel.environment import with_variables
 
 LAYOUT = PrivateName(
     package="torch",
@@ -160,19 +159,10 @@ def require_plain_state(name: str, state: object) -> None:
         raise ValueError(f"{name}: {reason(error)}") from error
 
 
-@contextlib.contextmanager
-def te_may_unpickle() -> Iterator[None]:
+def te_may_unpickle() -> contextlib.AbstractContextManager[None]:
     """Let Transformer Engine unpickle states within the block. Each must have passed :func:`require_plain_state`.
 
     Since 2.16.1 it refuses the states of delayed scaling unless an environment variable allows all pickles
     (``transformer_engine/pytorch/_extra_state.py``).
     """
-    before = os.environ.get(_TE_PERMISSION)
-    os.environ[_TE_PERMISSION] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_TE_PERMISSION]
-        else:
-            os.environ[_TE_PERMISSION] = before
+    return with_variables({_TE_PERMISSION: "1"})
