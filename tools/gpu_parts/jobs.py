@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def started(
     """Run a command inside the block; at its end every process of the command has ended."""
     log.parent.mkdir(parents=True, exist_ok=True)
     guarded = program("megatron_dypo.processes.guard:main", os.getpid(), _GRACE_S, *command)
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             guarded,
             cwd=ROOT,
@@ -66,5 +67,29 @@ def wait(process: subprocess.Popen[bytes], log: Path, limit_s: float) -> None:
     except subprocess.TimeoutExpired:
         raise JobError(f"not done after {limit_s:.0f} s; see {log}") from None
     if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise JobError(f"status {status}: {lines[-1] if lines else 'no output'}; see {log}")
+        raise _failed(status, log)
+
+
+def wait_for_line(process: subprocess.Popen[bytes], log: Path, text: str, limit_s: float) -> None:
+    """Wait until a command that goes on has written this text.
+
+    Raises:
+        JobError: it ended first, or has not written it after ``limit_s`` seconds.
+    """
+    end = time.monotonic() + limit_s
+    while text not in _read(log):
+        status = process.poll()
+        if status is not None:
+            raise _failed(status, log)
+        if time.monotonic() > end:
+            raise JobError(f"no {text!r} after {limit_s:.0f} s; see {log}")
+        time.sleep(0.1)
+
+
+def _failed(status: int, log: Path) -> JobError:
+    lines = _read(log).strip().splitlines()
+    return JobError(f"status {status}: {lines[-1] if lines else 'no output'}; see {log}")
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,16 @@ from typing import Any
 import psutil
 
 from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
-from tools.gpu_parts.jobs import JobError, megatron_dypo, run, started, wait
+from megatron_dypo.rollout.server.command import lease_port
+from tools.gpu_parts.jobs import JobError, megatron_dypo, run, started, wait, wait_for_line
 
 GAP = "train/train_rollout_logprob_abs_diff"
 GAP_BAR = {"float32": 1e-3, "bfloat16": 0.05}
 """Largest mean gap of log-probs between trainer and server, in nats."""
 _CONFIG = "examples/quickstart/dypo.yaml"
 _KEY = "DYPO_SGLANG_API_KEY"
+_PORTS = range(20_000, 30_000)
+"""Ports of servers: below those that kernels give to clients, which may take such a port before a server binds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +173,9 @@ def _gap(records: Sequence[Mapping[str, Any]]) -> float | None:
 @contextlib.contextmanager
 def _server(trainer: Trainer, gpu: int) -> Iterator[tuple[str, dict[str, str]]]:
     """Start a server on a GPU; yield its URL and the environment with its key."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    lease = lease_port("127.0.0.1", secrets.choice(_PORTS))
+    lease.release()
+    port = lease.port
     environment = {_KEY: secrets.token_hex(16)}
     overrides = [
         f"model.hf_path={trainer.task}/warmup/hf",
@@ -182,7 +185,9 @@ def _server(trainer: Trainer, gpu: int) -> Iterator[tuple[str, dict[str, str]]]:
         "rollout.servers.mem_fraction=0.3",
     ]
     command = megatron_dypo("serve", _CONFIG, *overrides, "--log-dir", str(trainer.work / "logs" / f"sglang_{gpu}"))
-    with started(command, trainer.log(f"server_{gpu}"), environment):
+    log = trainer.log(f"server_{gpu}")
+    with started(command, log, environment) as process:
+        wait_for_line(process, log, "serving at", trainer.limit_s)
         yield f"http://127.0.0.1:{port}", environment
 
 

@@ -12,6 +12,9 @@ from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.types import Prompt, Tokens
 
+_TAKEN: list[socket.socket] = []
+"""Sockets of closed URLs. An open one keeps its port from every other process."""
+
 
 def make_prompts(count: int) -> list[Prompt]:
     """Return prompts 0 to ``count`` − 1; the last token of each is 100 more than its number."""
@@ -58,7 +61,8 @@ def make_client(
 
 
 def closed_url() -> str:
-    """Return a URL on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    """Return a URL on which nobody listens, as long as this process lives."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+    _TAKEN.append(taken)
+    return f"http://127.0.0.1:{taken.getsockname()[1]}"
