@@ -23,6 +23,10 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+Routes = npt.NDArray[np.unsignedinteger[Any]]
+"""[L', layers, k] The experts of each token in each layer of a mixture of experts, counted from 0, in the smallest type
+(:class:`megatron_dypo.rollout.routes.RouteShape`). The rows are those of the first L' tokens of a sequence. Layers
+without experts have rows too, whose values have no meaning."""
 
 StreamValue = float | Floats | npt.NDArray[np.bool_]
 """The value of one stream of one sequence: one number for all its response tokens, or [R] one for each."""
@@ -126,6 +130,9 @@ class Rollout:
     """(version, index of the first token that it sampled), in the order of the tokens."""
     num_forced_tokens: int = 0
     """The first of ``tokens`` that are a teacher's, which the policy was made to go on from."""
+    routes: Routes | None = None
+    """[L − 1, layers, k] The server's choice of experts for the prompt and the response but its last token, which no
+    forward pass of the server read; None: not asked for, or nothing was sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +215,9 @@ class Sample:
     teacher_logp: Floats | None = None
     """[R] log π_T from a teacher's server, if the objective reads it; None: not asked yet, or never."""
     weights: TokenWeights | None = None
+    routes: Routes | None = None
+    """[L', layers, k] The experts that passes of the policy must take for the first L' of ``tokens``
+    (``objective.replay``); None: those that the router chooses. Only the leader of a replica holds them."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -247,3 +257,5 @@ class Microbatch:
     """Index into the samples that were packed, −1 on padding."""
     streams: Mapping[str, npt.NDArray[Any]]
     """Name → [T]: values for ``targets_T`` that the loss reads; outside the response, the stream's fill."""
+    routes: Routes | None = None
+    """[T', layers, k] The experts for the tokens and the layers of one rank; None: those that its routers choose."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.batching.bins import bins_balanced
-from megatron_dypo.batching.wire import dump_samples, load_samples
+from megatron_dypo.batching.wire import dump_samples, load_samples, without_routes
 from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.types import Sample
 
@@ -54,11 +54,14 @@ def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[
 
 
 def broadcast_samples(samples: Sequence[Sample] | None, replica: dist.ProcessGroup) -> list[Sample]:
-    """Return the samples of the leader (rank 0 of ``replica``) on every rank of the replica. Other ranks pass None."""
+    """Return the samples of the leader (rank 0 of ``replica``) on every rank of the replica. Other ranks pass None.
+
+    Routes stay on the leader, from where each rank gets the part that it needs once the samples are packed.
+    """
     if replica.size() == 1:
         assert samples is not None, "a replica of one rank is its own leader"
         return list(samples)
-    payload = dump_samples(samples) if samples is not None else b""
+    payload = dump_samples([without_routes(sample) for sample in samples]) if samples is not None else b""
     size = torch.tensor([len(payload)])
     dist.broadcast(size, group_src=0, group=replica)
     buffer = _as_tensor(payload) if samples is not None else torch.empty(int(size), dtype=torch.uint8)

@@ -48,10 +48,15 @@ def load_samples(data: bytes) -> list[Sample]:
 
 
 def without_arrays(sample: Sample) -> Sample:
-    """Return a copy that carries tokens only, for a forward pass."""
+    """Return a copy that carries tokens and routes only, for a forward pass."""
     return replace(
         sample, rollout_logp=None, old_logp=None, old_entropy=None, ref_logp=None, teacher_logp=None, weights=None
     )
+
+
+def without_routes(sample: Sample) -> Sample:
+    """Return a copy without routes, which only some ranks need, and each of them a part."""
+    return sample if sample.routes is None else replace(sample, routes=None)
 
 
 def _split(values: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -212,6 +212,9 @@ class ObjectiveConfig:
     hard_without_trace: Literal["drop", "opd"] = "drop"
     """With ``name: dypo``, the fate of a Hard prompt without a teacher's trace. ``drop``: drop it. ``opd``: the teacher
     of ``teacher_servers`` judges its rollouts token by token (``objective.opd``), with weight γ."""
+    replay: Literal["off", "rollout"] = "off"
+    """The experts that the trainer takes for rollouts, if the model has experts. ``off``: those that its own router
+    chooses. ``rollout``: those that the servers chose (routing replay, R3); docs/routing_replay.md."""
     rl_only_steps: int = 0
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0

@@ -30,6 +30,11 @@ _OWN_FLAGS = {
 }
 """Flags of SGLang that a run sets, each with the key to use instead; None: no key sets it."""
 
+ROUTES_FLAG = "--enable-return-routed-experts"
+"""Flag with which a server can return the experts that it chose."""
+ROUTES_SETTING = "enable_return_routed_experts"
+"""Its name in the answer to ``/server_info``."""
+
 _WHOLE_FLAGS = ("--ep",)
 """Flags of SGLang that other flags begin with."""
 

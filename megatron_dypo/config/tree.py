@@ -8,7 +8,7 @@ overrides.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_dypo.checks import require, require_sound_values
 from megatron_dypo.config.data import DataConfig
@@ -20,9 +20,9 @@ from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.probe import ProbeConfig
 from megatron_dypo.config.profile import ProfileConfig
 from megatron_dypo.config.refit import RefitConfig
-from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.config.run import CheckpointConfig, ExportConfig, LoggingConfig, RunConfig
-from megatron_dypo.config.server_flags import require_refittable
+from megatron_dypo.config.server_flags import ROUTES_FLAG, require_refittable
 from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
 
 
@@ -100,6 +100,14 @@ class Config:
             "optimizer.overlap_param_gather=true",
             "needs model.fp8.param_gather=false: quantised parameters are gathered at the end of the update",
         )
+
+    @property
+    def servers(self) -> ServersConfig:
+        """Return ``rollout.servers`` with the flags of SGLang that other sections ask for."""
+        servers = self.rollout.servers
+        if self.objective.replay != "rollout" or ROUTES_FLAG in servers.extra_args:
+            return servers
+        return replace(servers, extra_args=(*servers.extra_args, ROUTES_FLAG))
 
     @property
     def token_multiple(self) -> int:

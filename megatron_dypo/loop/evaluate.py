@@ -119,6 +119,7 @@ def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int
         group_size=1,  # a request for each response: each has a seed of its own
         temperature=settings.temperature,
         seed_of=_seed_of,
+        with_routes=False,
         desc=f"eval {name}",
     )
     sampled = servers.sample([prompt for _, prompts in items for prompt in prompts], step, "eval", ask)

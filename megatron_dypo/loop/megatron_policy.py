@@ -12,7 +12,6 @@ import torch
 from megatron_dypo.batching.exchange import balance, broadcast_samples
 from megatron_dypo.batching.pack import padding_ratio
 from megatron_dypo.batching.wire import without_arrays
-from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.journal.weights import weights_digest
@@ -24,11 +23,12 @@ from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
 from megatron_dypo.mcore.finite import Lone, bad_microbatches, first_not_finite
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
-from megatron_dypo.mcore.logprobs import pack_microbatches, plan_update, sequence_logprobs
+from megatron_dypo.mcore.logprobs import own_parts, pack_microbatches, plan_update, sequence_logprobs
 from megatron_dypo.mcore.moe_router import balance_metrics
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reduction import until_reduction
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.writer import Timings
@@ -56,6 +56,8 @@ class MegatronPolicy:
     """None if the objective reads no reference, or uses π_old as the reference."""
     timings: Timings
     saver: Saver = field(default_factory=Saver)
+    replay: RoutingReplay | None = None
+    """None: the routers choose the experts in every pass (``objective.replay: off``), or there are none."""
 
     @property
     def keeps_reference(self) -> bool:
@@ -67,13 +69,17 @@ class MegatronPolicy:
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         assert self.reference is not None, "this run keeps no reference"
         with self.reference.swapped_in():
-            return self.logprobs(samples)
+            # The reference is another policy. It takes its own choice of experts.
+            return self._score(self._of_leader(samples), entropy=False, replay=None)
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        return self._score(samples, entropy=False)
+        return self._score(samples, entropy=False, replay=self.replay)
+
+    def own_choice_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
+        return self._score(self._of_leader(samples), entropy=False, replay=None)
 
     def entropies(self, samples: Sequence[Sample]) -> list[Floats]:
-        return self._score(self._of_leader(samples), entropy=True)
+        return self._score(self._of_leader(samples), entropy=True, replay=self.replay)
 
     def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
         layout, own = self.layout, range(len(samples))
@@ -93,6 +99,7 @@ class MegatronPolicy:
                 layout=layout,
                 token_multiple=self.config.token_multiple,
                 bar=bar,
+                replay=self.replay,
             )
             return [score for index, score in enumerate(scores) if index in own]
 
@@ -108,7 +115,8 @@ class MegatronPolicy:
         microbatches = pack_microbatches(
             samples, bins, layout, token_multiple=self.config.token_multiple, streams=self.objective.streams
         )
-        parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
+        parts = own_parts(microbatches, samples, layout, self.replay)
+        differences = self._route_difference("train/replay/route_difference_old")
         with self.timings.measure("update_actor"):
             self.optimizer.zero_grad()
             with (
@@ -127,6 +135,8 @@ class MegatronPolicy:
             "train/num_microbatches": len(microbatches),
             "train/padding_ratio": padding_ratio(microbatches),
             **balance_metrics(self.chunks),
+            **differences,
+            **self._route_difference("train/replay/route_difference"),
         }
         return UpdateReport(
             is_applied=applied.ok,
@@ -151,7 +161,11 @@ class MegatronPolicy:
             objective=self.objective,
             layout=self.layout,
             token_multiple=self.config.token_multiple,
+            replay=self.replay,
         )
+
+    def _route_difference(self, name: str) -> dict[str, float]:
+        return {} if self.replay is None else self.replay.take_difference(name)
 
     def refresh_reference(self) -> None:
         if self.reference is not None:
@@ -224,7 +238,7 @@ class MegatronPolicy:
         bare = [without_arrays(sample) for sample in samples] if self.layout.is_replica_leader else None
         return broadcast_samples(bare, self.layout.replica_group)
 
-    def _score(self, samples: Sequence[Sample], *, entropy: bool) -> list[Floats]:
+    def _score(self, samples: Sequence[Sample], *, entropy: bool, replay: RoutingReplay | None) -> list[Floats]:
         found = sequence_logprobs(
             self.chunks,
             samples,
@@ -234,5 +248,6 @@ class MegatronPolicy:
             entropy=entropy,
             # Groups of a stream come at times of their own.
             by_group=self.config.rollout.uses_stream,
+            replay=replay,
         )
         return found or []

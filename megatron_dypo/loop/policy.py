@@ -59,6 +59,10 @@ class Policy(Protocol):
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return the same for samples that every rank of the replica already holds, such as those of an update."""
 
+    def own_choice_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
+        """Return the log-probs that the policy has when its routers choose the experts, whatever routes the samples
+        bring."""
+
     def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
         """Return the projected score ∇_θ Σ_t log π(a_t) of each sample, [d] (see
         :mod:`megatron_dypo.models.gradient_projection`).

@@ -15,6 +15,7 @@ from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, unwra
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.logprobs import pack_alone
 from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
+from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.collectives import gather_world
 from megatron_dypo.parallel.device import device
@@ -33,6 +34,7 @@ class Lone:
     layout: MeshRank
     token_multiple: int
     """``Config.token_multiple``."""
+    replay: RoutingReplay | None = None
 
 
 @dataclass(kw_only=True)
@@ -91,7 +93,13 @@ def bad_microbatches(lone: Lone, samples: Sequence[Sample], bins: Sequence[Seque
 def run_alone(lone: Lone, samples: Sequence[Sample], *, watches_activations: bool = False) -> LoneRun:
     """Run one microbatch forward and backward, and return what was not finite. Collective over the replica."""
     layout, chunks = lone.layout, lone.chunks
-    parts = pack_alone(samples, layout, token_multiple=lone.token_multiple, streams=lone.objective.streams)
+    parts = pack_alone(
+        samples,
+        layout,
+        token_multiple=lone.token_multiple,
+        streams=lone.objective.streams,
+        replay=lone.replay,
+    )
     activations = Activations()
     with ExitStack() as stack:
         stack.enter_context(local_gradients(chunks))

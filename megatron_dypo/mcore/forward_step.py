@@ -17,20 +17,20 @@ from torch import Tensor
 from megatron_dypo.mcore.attention import packed_seq_params
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.moe_router import begin_update
+from megatron_dypo.mcore.routing_replay import forget_microbatches, replayed, slots_of
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.objective.loss import LossInputs, sum_names
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.groups import MeshRank
-from megatron_dypo.types import Microbatch
+from megatron_dypo.types import Microbatch, Routes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceMicrobatch:
     """A microbatch on the device; N are its response tokens.
 
-    ``inputs`` holds the streams (:mod:`megatron_dypo.objective.streams`), which only the loss reads. A value that the
-    model reads, such as the servers' choice of experts, would be a field of ``Microbatch`` and a field here.
+    ``inputs`` holds the streams (:mod:`megatron_dypo.objective.streams`), which only the loss reads.
     """
 
     tokens_1T: Tensor
@@ -42,6 +42,8 @@ class DeviceMicrobatch:
     """Positions whose target is a response token."""
     targets_N: Tensor
     inputs: LossInputs
+    routes: Routes | None
+    """[T, layers, k] The experts to take, still on the CPU; see :mod:`megatron_dypo.mcore.routing_replay`."""
 
 
 def to_device(batch: Microbatch) -> DeviceMicrobatch:
@@ -66,6 +68,7 @@ def to_device(batch: Microbatch) -> DeviceMicrobatch:
             sequence=at_response(batch.sequence_T.astype(np.int64)),
             num_sequences=len(batch.cu_seqlens_S) - 1,
         ),
+        routes=batch.routes,
     )
 
 
@@ -161,33 +164,39 @@ def _run(
 
     def forward_step(iterator: Iterator[DeviceMicrobatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
-        output = model(
-            batch.tokens_1T,
-            batch.positions_1T,
-            None,
-            packed_seq_params=batch.packed,
-            padding_mask=batch.padding_1T if has_experts else None,
-            labels=batch.targets_N,
-            loss_mask=batch.response_N,
-        )
+        with replayed(slots[id(model)], batch.routes, is_recomputed=is_recomputed):
+            output = model(
+                batch.tokens_1T,
+                batch.positions_1T,
+                None,
+                packed_seq_params=batch.packed,
+                padding_mask=batch.padding_1T if has_experts else None,
+                labels=batch.targets_N,
+                loss_mask=batch.response_N,
+            )
         return output[keeps] if forward_only and isinstance(output, tuple) else output, partial(finish, batch)
 
-    has_experts = unwrap(chunks[0]).config.num_moe_experts is not None
+    config, slots = unwrap(chunks[0]).config, slots_of(chunks)
+    has_experts = config.num_moe_experts is not None
+    is_recomputed = config.recompute_granularity is not None and not forward_only
     batches = [to_device(batch) for batch in microbatches]
     iterators = [iter(batches) for _ in chunks]
     if bar is not None:
         iterators[0] = _counted(batches, bar)
     schedule = get_forward_backward_func()
-    outputs: list[Tensor] = schedule(
-        forward_step_func=forward_step,
-        data_iterator=iterators,
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=int(microbatches[0].cu_seqlens_S[-1]),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    try:
+        outputs: list[Tensor] = schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators,
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=int(microbatches[0].cu_seqlens_S[-1]),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+    finally:
+        forget_microbatches(slots)
     return outputs
 
 

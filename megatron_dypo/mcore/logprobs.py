@@ -21,6 +21,7 @@ from megatron_dypo.batching.pack import (
 from megatron_dypo.batching.zigzag import local_response_mask, shard
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.forward_step import logprob_pass
+from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.objective.streams import Stream
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.groups import MeshRank
@@ -68,16 +69,34 @@ def pack_microbatches(
     ]
 
 
+def own_parts(
+    packed: Sequence[Microbatch], samples: Sequence[Sample], layout: MeshRank, replay: RoutingReplay | None
+) -> list[Microbatch]:
+    """Return this rank's part of each packed microbatch. Collective over the replica with ``replay``.
+
+    Args:
+        samples: those that were packed.
+        replay: brings each rank the routes of its part; None: the routers choose.
+    """
+    parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
+    return parts if replay is None else replay.give(parts, packed, samples)
+
+
 def pack_alone(
-    samples: Sequence[Sample], layout: MeshRank, *, token_multiple: int, streams: Sequence[Stream]
+    samples: Sequence[Sample],
+    layout: MeshRank,
+    *,
+    token_multiple: int,
+    streams: Sequence[Stream],
+    replay: RoutingReplay | None = None,
 ) -> list[Microbatch]:
     """Pack samples into one microbatch, with as many empty ones as the schedule needs; return this rank's part of each.
 
-    The arguments are those of :func:`pack_microbatches`.
+    The arguments are those of :func:`pack_microbatches` and :func:`own_parts`.
     """
     bins = [list(range(len(samples))), *([] for _ in range(round_up_microbatches(1, layout) - 1))]
     packed = pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=streams)
-    return [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
+    return own_parts(packed, samples, layout, replay)
 
 
 def sequence_logprobs(
@@ -89,6 +108,7 @@ def sequence_logprobs(
     token_multiple: int = 1,
     entropy: bool = False,
     by_group: bool = False,
+    replay: RoutingReplay | None = None,
 ) -> list[Floats] | None:
     """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
@@ -101,6 +121,7 @@ def sequence_logprobs(
         entropy: return entropies in place of log-probs.
         by_group: put no two groups into one microbatch. Then the last bits of a sample's log-probs do not depend on the
             groups that are scored with it, and so not on the time at which each came.
+        replay: replays the routes of the leader's samples; None: the routers choose.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
@@ -112,8 +133,7 @@ def sequence_logprobs(
     set_training(chunks, False)
     for chunk in chunks:
         unwrap(chunk).scores_entropy = entropy
-    shards = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
-    parts = logprob_pass(chunks, shards, entropy=entropy)
+    parts = logprob_pass(chunks, own_parts(packed, samples, layout, replay), entropy=entropy)
     set_training(chunks, True)
     if not samples:
         return _nothing(layout)

@@ -18,6 +18,7 @@ from megatron_dypo.mcore.forward_step import score_pass
 from megatron_dypo.mcore.logprobs import pack_alone
 from megatron_dypo.mcore.moe_router import leave_out_balance
 from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
+from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
@@ -37,6 +38,7 @@ def sequence_scores(
     layout: MeshRank,
     token_multiple: int = 1,
     bar: Progress | None = None,
+    replay: RoutingReplay | None = None,
 ) -> Iterator[Floats]:
     """Yield the projected score of each sample, [d] float32, in order. Collective over the replica.
 
@@ -49,7 +51,8 @@ def sequence_scores(
     with local_gradients(chunks), leave_out_balance(chunks):
         for sample in samples:
             zero_gradients(chunks)
-            score_pass(chunks, pack_alone([sample], layout, token_multiple=token_multiple, streams=()))
+            parts = pack_alone([sample], layout, token_multiple=token_multiple, streams=(), replay=replay)
+            score_pass(chunks, parts)
             score_d = _summed(_projected(held, projector), layout)
             if bar is not None:
                 bar.update(1)

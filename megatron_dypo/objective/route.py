@@ -95,6 +95,7 @@ def rollout_samples(group: GradedGroup, treatment: Treatment) -> list[Sample]:
             reward=verdict.reward,
             rollout_logp=rollout.logp,
             num_forced_tokens=rollout.num_forced_tokens,
+            routes=rollout.routes,
         )
         for member, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True))
     ]

@@ -17,6 +17,7 @@ from megatron_dypo.rollout.ask import Answer, AttemptError, LostServerError, wit
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.http_client import HttpClient
 from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
+from megatron_dypo.rollout.routes import RouteShape
 from megatron_dypo.rollout.sampling import Sampling, request_body
 from megatron_dypo.types import Rollout, Tokens
 
@@ -60,6 +61,8 @@ class SGLangClient(HttpClient):
         check: raises when the run has lost its servers for good. :meth:`watch` calls it every second in a thread.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
         vocab_size: a response with a token id at or above it is refused. None: no limit.
+        routes: sizes of the choice of experts that training samples bring (``objective.replay: rollout``); None: they
+            bring none.
     """
 
     def __init__(
@@ -74,11 +77,12 @@ class SGLangClient(HttpClient):
         router: str | None = None,
         backoff_s: float = 0.5,
         vocab_size: int | None = None,
+        routes: RouteShape | None = None,
     ) -> None:
         super().__init__(urls if router is None else [router], api_key, cfg=cfg, backoff_s=backoff_s)
         self._cfg, self.decode, self._check = cfg, decode, check
         self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
-        self._router = router
+        self._router, self._routes = router, routes
         self._writing = threading.Lock()
         self.use_servers(urls)
 
@@ -114,8 +118,13 @@ class SGLangClient(HttpClient):
         temperature: float | None = None,
         max_new_tokens: int | None = None,
         seed: int | None = None,
+        with_routes: bool = True,
     ) -> Sampling:
-        """Return the configured sampling with ``n`` rollouts per prompt and an evaluation's own values."""
+        """Return the configured sampling with ``n`` rollouts per prompt and an evaluation's own values.
+
+        Args:
+            with_routes: ask for the choice of experts, if the client was given its sizes.
+        """
         return Sampling(
             n=n,
             temperature=self._cfg.temperature if temperature is None else temperature,
@@ -124,6 +133,7 @@ class SGLangClient(HttpClient):
             top_k=self._cfg.top_k,
             stop_token_ids=self._stop_token_ids,
             seed=seed,
+            routes=self._routes if with_routes else None,
         )
 
     async def generate(self, prompt_tokens: Tokens, sampling: Sampling) -> tuple[Rollout, ...]:
@@ -135,8 +145,9 @@ class SGLangClient(HttpClient):
             NoServerError: no server is left to ask.
         """
         body = json.dumps(request_body(prompt_tokens, sampling)).encode()
-        parse = functools.partial(self._parse, sampling)
-        return await self.exchange("/generate", body, max_bytes=sampling.max_answer_bytes, parse=parse)
+        parse = functools.partial(self._parse, sampling, len(prompt_tokens))
+        max_bytes = sampling.max_answer_bytes(len(prompt_tokens))
+        return await self.exchange("/generate", body, max_bytes=max_bytes, parse=parse)
 
     @property
     def watch_turn_s(self) -> float:
@@ -153,10 +164,15 @@ class SGLangClient(HttpClient):
                 await asyncio.to_thread(self._check)
             await asyncio.sleep(_WATCH_EVERY_S)
 
-    def _parse(self, sampling: Sampling, url: str, answer: Answer) -> tuple[Rollout, ...]:
+    def _parse(self, sampling: Sampling, num_prompt_tokens: int, url: str, answer: Answer) -> tuple[Rollout, ...]:
         try:
             return parse_group(
-                answer.payload, sampling, self.decode, versions=self._upstream.versions, vocab_size=self._vocab_size
+                answer.payload,
+                sampling,
+                self.decode,
+                versions=self._upstream.versions,
+                vocab_size=self._vocab_size,
+                num_prompt_tokens=num_prompt_tokens,
             )
         except IncompleteGroupError as error:
             self.count_dropped(answer.payload)

@@ -91,6 +91,7 @@ def collect(
     desc: str = "rollouts",
     stop: StopFlag | None = None,
     on_group: Callable[[RolloutGroup], None] | None = None,
+    with_routes: bool = True,
 ) -> tuple[list[RolloutGroup], CollectStats]:
     """Sample ``group_size`` rollouts of each prompt, many prompts at once, in the order of ``prompts``.
 
@@ -99,12 +100,15 @@ def collect(
     rollout; ``planner`` the parts of a group, without which one request samples it. When no server is left, it returns
     the groups that it has. So it does when ``stop`` is set: it aborts the requests that are open, and
     ``stats.unfinished`` holds their prompts. An interrupt aborts them too. ``on_group`` gets each
-    group as soon as it is complete.
+    group as soon as it is complete. ``with_routes``: bring the servers' choice of experts too, if the client asks for
+    it.
 
     Raises:
         ServerDiedError: the run has lost its servers for good (from the client's ``check``).
     """
-    sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
+    sampling = client.sampling(
+        group_size, temperature=temperature, max_new_tokens=max_new_tokens, with_routes=with_routes
+    )
     start = time.monotonic()
     # Its thread starts with the first rollouts that a plan has judged.
     judging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")

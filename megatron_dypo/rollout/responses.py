@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_dypo.config.words import counted
+from megatron_dypo.rollout.routes import RoutesError, read_routes
 from megatron_dypo.rollout.sampling import Sampling
-from megatron_dypo.types import Floats, Rollout, Tokens
+from megatron_dypo.types import Floats, Rollout, Routes, Tokens
 
 _LARGEST_ID = 2**31 - 1
 _LOGP_RANGE = (-1e4, 1e-3)
@@ -37,6 +38,7 @@ class _Response:
     versions: tuple[str, ...]
     starts: tuple[int, ...]
     """Index of the first token of each version."""
+    routes: Routes | None
 
 
 def parse_group(
@@ -46,6 +48,7 @@ def parse_group(
     *,
     versions: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    num_prompt_tokens: int = 0,
 ) -> tuple[Rollout, ...]:
     """Return the ``sampling.n`` rollouts of an answer.
 
@@ -55,6 +58,7 @@ def parse_group(
             version of the group must be one of them. Other tokens may be of any earlier version: a response that a
             refit paused begins with them, and other members may have ended before. None: any version.
         vocab_size: token ids must be below it. None: any id.
+        num_prompt_tokens: tokens of the request, whose routes an answer with routes has too.
 
     Raises:
         IncompleteGroupError: the answer is not a whole group of valid responses.
@@ -64,7 +68,7 @@ def parse_group(
     if len(outputs) != sampling.n:
         raise IncompleteGroupError(f"{len(outputs)} of {counted(sampling.n, 'response')}")
     limit = _LARGEST_ID + 1 if vocab_size is None else vocab_size
-    responses = [_read(output, sampling, limit) for output in outputs]
+    responses = [_read(output, sampling, limit, num_prompt_tokens) for output in outputs]
     _require_versions(responses, versions)
     return tuple(_rollout(response, decode) for response in responses)
 
@@ -76,7 +80,7 @@ def sampled_lengths(payload: Any) -> list[int]:
     return [len(one) for one in ids if isinstance(one, list) and one]
 
 
-def _read(output: Any, sampling: Sampling, id_limit: int) -> _Response:
+def _read(output: Any, sampling: Sampling, id_limit: int, num_prompt_tokens: int) -> _Response:
     meta = output.get("meta_info") if isinstance(output, dict) else None
     if not isinstance(meta, dict):
         raise IncompleteGroupError(f"a response without meta_info: {quote(output)}")
@@ -95,7 +99,17 @@ def _read(output: Any, sampling: Sampling, id_limit: int) -> _Response:
         finish=finish,
         versions=versions,
         starts=starts,
+        routes=_read_routes(meta, sampling, num_prompt_tokens + len(tokens)),
     )
+
+
+def _read_routes(meta: dict[str, Any], sampling: Sampling, num_tokens: int) -> Routes | None:
+    if sampling.routes is None:
+        return None
+    try:
+        return read_routes(meta.get("routed_experts"), num_tokens, sampling.routes)
+    except RoutesError as error:
+        raise IncompleteGroupError(str(error)) from error
 
 
 def _read_tokens(ids: Any, sampling: Sampling, id_limit: int) -> Tokens:
@@ -196,6 +210,7 @@ def _rollout(response: _Response, decode: Callable[[Tokens], str]) -> Rollout:
         finish=response.finish,
         policy_version=spans[0][0],
         version_spans=spans,
+        routes=response.routes,
     )
 
 

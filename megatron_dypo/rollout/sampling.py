@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dypo.rollout.routes import RouteShape
 from megatron_dypo.types import Tokens
 
 _BYTES_PER_TOKEN = 512
@@ -24,11 +25,14 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
     seed: int | None = None
     """Seed of the only rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
+    routes: RouteShape | None = None
+    """The answer brings the server's choice of experts, of these sizes; None: it brings none."""
 
-    @property
-    def max_answer_bytes(self) -> int:
-        """Size above which an answer cannot belong to this request."""
-        return _BYTES_PER_ANSWER + self.n * self.max_new_tokens * _BYTES_PER_TOKEN
+    def max_answer_bytes(self, num_prompt_tokens: int) -> int:
+        """Return the size above which an answer cannot belong to this request."""
+        routes = 0 if self.routes is None else self.routes.answer_bytes_per_token
+        per_rollout = self.max_new_tokens * (_BYTES_PER_TOKEN + routes) + num_prompt_tokens * routes
+        return _BYTES_PER_ANSWER + self.n * per_rollout
 
 
 def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
@@ -46,4 +50,5 @@ def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
         },
         "return_logprob": True,
         "logprob_start_len": -1,  # no log-probs of the prompt
+        **({} if sampling.routes is None else {"return_routed_experts": True}),
     }

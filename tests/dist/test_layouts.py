@@ -18,6 +18,7 @@ from megatron_dypo.config.objective import ImportanceConfig
 from megatron_dypo.types import Treatment
 from tests.support.dist.layout_gradients import Row, rank_rows
 from tests.support.dist.literal_objective import is_trusted, literal_gradients, literal_logprobs
+from tests.support.dist.literal_routes import random_routes
 from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.hf_models import make_hf_model
 from tests.support.objective_cases import random_groups
@@ -49,6 +50,7 @@ EVERY = tuple((objective, count) for objective in range(4) for count in (1, 2, 4
 PADDED = ((SUM, None),)
 WHOLE = tuple((objective, 2) for objective in range(CONSTANT + 1, len(OBJECTIVES)))
 SHARDED: dict[str, Any] = {"distributed": True}
+REPLAY: dict[str, Any] = {"kind": "qwen3_moe", "replay": True}
 
 DEEPER: dict[str, tuple[str, dict[str, Any]]] = {"qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6})}
 """Kinds of models for rows that need more than four layers."""
@@ -135,12 +137,25 @@ ROWS = {
     "experts, tp2 sp cp2 etp4": Row(ranks=4, axes=SP | CP | {"expert_tensor": 4}, kind="qwen3_moe"),
     "experts, etp2 dp4, overlap": Row(ranks=4, axes=ETP, overlap=True, kind="qwen3_moe", passes=((CONSTANT, 2),)),
     "experts, tp2 sp ep4": Row(ranks=4, axes=SP | {"expert": 4}, kind="qwen3_moe"),
+    "replay, one process": Row(ranks=1, **REPLAY, passes=((SUM, 1), (TOKEN, 4))),
+    "replay, one process, full, raw weights": Row(ranks=1, kind="qwen3_moe_raw_weights", replay=True, recompute="full"),
+    "replay, dp2": Row(ranks=2, **REPLAY, passes=((MEAN, 2), (SUM, None))),
+    "replay, ep2, padded": Row(ranks=2, axes=EP, **REPLAY, passes=PADDED),
+    "replay, tp2 sp ep2, selective": Row(ranks=2, axes=SP | EP, **REPLAY, recompute="selective"),
+    "replay, tp2 sp etp2": Row(ranks=2, axes=SP | ETP, **REPLAY),
+    "replay, pp2, 3 + 1 layers": Row(ranks=2, axes=PP | {"last_stage_layers": 1}, **REPLAY, passes=((MEAN, 4),)),
+    "replay, pp2 vpp2, full": Row(ranks=2, axes=VPP, **REPLAY, recompute="full", passes=((TOKEN, 4),)),
+    "replay, cp2": Row(ranks=2, axes=CP, **REPLAY, passes=((CONSTANT, 3),)),
+    "replay, cp2 ep2, full": Row(ranks=2, axes=CP | EP, **REPLAY, recompute="full"),
+    "replay, tp2 sp cp2 ep4": Row(ranks=4, axes=SP | CP | {"expert": 4}, **REPLAY),
+    "replay, ep2 pp2 vpp2, full": Row(ranks=4, axes=EP | VPP, **REPLAY, recompute="full", passes=((SUM, 4),)),
+    "replay, tp2 sp pp2 etp2, full": Row(ranks=4, axes=SP | PP | ETP, **REPLAY, recompute="full", passes=((SUM, 3),)),
 }  # fmt: skip
 
 
 @functools.cache
 def groups():
-    """Make groups whose old and reference policies differ from the current one."""
+    """Make groups whose old and reference policies differ from the current one, with routes for rows with replay."""
     made = random_groups(5, num_hard=2, num_mid=4, group_size=4, vocab=131)
     rng, rollout_rng = np.random.default_rng(1), np.random.default_rng(2)
     for sample in (s for g in made for s in g if s.old_logp is not None):
@@ -148,7 +163,13 @@ def groups():
         sample.old_logp = near
         sample.ref_logp = near + rng.normal(0, 0.3, len(near)).astype(np.float32)
         sample.rollout_logp = near + rollout_rng.normal(0, 0.4, len(near)).astype(np.float32)
+        sample.routes = random_routes(sample, layers=4, per_token=2, num_experts=4, seed=100 * sample.order + sample.member)
     return made
+
+
+def groups_of(row):
+    """Return the groups with the routes that the row's passes read."""
+    return [[s if row.replay else dataclasses.replace(s, routes=None) for s in group] for group in groups()]
 
 
 @pytest.fixture(scope="module")
@@ -184,24 +205,30 @@ def seen(paths, request):
 
 
 @functools.cache
-def literal(path, objective):
-    return literal_gradients(path, groups(), OBJECTIVES[objective])[1]
+def _literal(path, objective, replay):
+    return literal_gradients(path, groups_of(Row(ranks=1, replay=replay)), OBJECTIVES[objective])[1]
 
 
-literal_logps = functools.cache(lambda path: literal_logprobs(path, groups()))
+def literal(path, objective, replay=False):
+    return _literal(path, objective, replay)
+
+
+@functools.cache
+def literal_logps(path, replay):
+    return literal_logprobs(path, groups_of(Row(ranks=1, replay=replay)))
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_gradient_of_the_whole_objective_equals_the_literal_one(name, seen, paths):
     row, ranks = ROWS[name], seen(name)
     for index, (objective, _) in enumerate(row.passes):
-        expected = literal(paths[row.kind], objective)
+        expected = literal(paths[row.kind], objective, row.replay)
         ours = {key: grad for rank in ranks for key, grad in rank.gradients[index].items()}
         assert ours.keys() == expected.keys()
         for key, reference in expected.items():
             error = np.abs(ours[key] - reference).max() / np.abs(reference).max()
             assert error <= 1e-5, f"{key}, pass {row.passes[index]}: {error:.1e}"
-    norm = np.sqrt(sum((grad**2).sum() for grad in literal(paths[row.kind], row.passes[-1][0]).values()))
+    norm = np.sqrt(sum((grad**2).sum() for grad in literal(paths[row.kind], row.passes[-1][0], row.replay).values()))
     assert [rank.grad_norm for rank in ranks] == pytest.approx([norm] * row.ranks, rel=1e-5)
 
 
@@ -212,10 +239,16 @@ def test_each_option_that_looks_at_sequences_changes_the_literal_gradient(option
     assert max(np.abs(other[key] - grad).max() / np.abs(grad).max() for key, grad in plain.items()) > 1e-2
 
 
+def test_routes_change_the_literal_gradient(paths):
+    """Otherwise the rows with replay would test nothing."""
+    plain, other = (literal(paths["qwen3_moe"], SUM, replay) for replay in (False, True))
+    assert max(np.abs(other[key] - grad).max() / np.abs(grad).max() for key, grad in plain.items()) > 0.1
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
     row, ranks = ROWS[name], seen(name)
-    expected = literal_logps(paths[row.kind])
+    expected = literal_logps(paths[row.kind], row.replay)
     ours = {key: logp for rank in ranks for key, logp in rank.logprobs.items()}
     assert ours.keys() == expected.keys()
     for key, logp in expected.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
@@ -146,14 +147,16 @@ def dump_group(logged: Logged, rollouts: Sequence[Rollout]) -> bytes:
                 "policy_version": one.policy_version,
                 "version_spans": one.version_spans,
                 "num_forced_tokens": one.num_forced_tokens,
+                "has_routes": one.routes is not None,
             }
             for one in rollouts
         ],
     }
-    tensors = {
+    tensors: dict[str, npt.NDArray[Any]] = {
         "tokens": np.concatenate([one.tokens for one in rollouts]).astype(np.int32),
         "logp": np.concatenate([one.logp for one in rollouts]).astype(np.float32),
     }
+    tensors |= {f"routes.{index}": one.routes for index, one in enumerate(rollouts) if one.routes is not None}
     return _GROUP + safetensors_numpy.save(tensors, metadata={"group": json.dumps(header, default=_plain)})
 
 
@@ -187,8 +190,10 @@ def load_rollouts(payload: bytes, decode: Decode) -> tuple[Rollout, ...]:
                 policy_version=head["policy_version"],
                 version_spans=tuple((version, first) for version, first in head["version_spans"]),
                 num_forced_tokens=head["num_forced_tokens"],
+                # A journal of an earlier version has none.
+                routes=arrays[f"routes.{index}"] if head.get("has_routes") else None,
             )
-            for head, (start, end) in zip(heads, itertools.pairwise(ends), strict=True)
+            for index, (head, (start, end)) in enumerate(zip(heads, itertools.pairwise(ends), strict=True))
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"an unknown record of a journal: {error}") from error

@@ -7,6 +7,7 @@ from megatron_dypo.loop.megatron_policy import MegatronPolicy
 from megatron_dypo.mcore.model import build_model, draw_initial_weights, load_initial_weights
 from megatron_dypo.mcore.optimizer import build_optimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.routing_replay import install
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.objective.recipes.base import Objective
@@ -46,4 +47,5 @@ def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timi
         objective=objective,
         reference=ReferencePolicy(chunks, rewrite=rewrite) if keeps_reference else None,
         timings=timings,
+        replay=None if config.objective.replay == "off" else install(chunks, arch, layout),
     )

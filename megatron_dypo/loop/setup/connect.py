@@ -45,7 +45,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
     quantize = config.refit.quantize
     if problem := refusal(quantize, device.device_kind(), device.compute_capability()):
         raise ValueError(f"refit.quantize={quantize}: {problem}")
-    servers = dataclasses.replace(config.rollout.servers, base_gpu=first_gpu(config))
+    servers = dataclasses.replace(config.servers, base_gpu=first_gpu(config))
     executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
     log.info("starting or reaching SGLang servers")
     future = executor.submit(
@@ -57,6 +57,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
         seed=config.run.seed,
         device=device.device_kind(),
         temperature=config.rollout.temperature,
+        returns_routes=config.objective.replay == "rollout",
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
     return future
@@ -149,6 +150,7 @@ def _requests(
         check=pool.check if pool else None,
         router=config.rollout.servers.router,
         vocab_size=base.policy.arch.vocab_size,
+        routes=base.policy.replay.shape if base.policy.replay is not None else None,
     )
     trace_text = judged_trace_text(base.objective, decode, config.run.seed)
     journal = open_journal(config, base.ranks, weights, decode, opened.leader.inputs)

@@ -34,7 +34,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, serv
         TimeoutError: a server is not healthy in time.
         ValueError: no API key in the environment, or a port is taken.
     """
-    cfg = config.rollout.servers
+    cfg = config.servers
     if read_api_key(cfg.api_key_env) is None:
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
     # Only this node's servers; other nodes have their own.

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING
 from megatron_dypo.ending import Cause
 from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import (
@@ -23,7 +24,7 @@ from megatron_dypo.rollout.server.command import (
     server_environment,
 )
 from megatron_dypo.rollout.server.names import require_known_hosts
-from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered, request_json
 from megatron_dypo.rollout.server.process import ServerProcess
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
 
@@ -197,6 +198,7 @@ def start_servers(
     seed: int,
     device: str,
     temperature: float = 1.0,
+    returns_routes: bool = False,
 ) -> ServerPool:
     """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
@@ -207,13 +209,14 @@ def start_servers(
         device: ``cpu``, or the accelerator, which SGLang finds on its own.
         temperature: temperature of training rollouts. If it is not 1, servers given by URL are tested: their log-probs
             must be those of temperature 1.
+        returns_routes: servers given by URL must be able to return the experts that they choose.
 
     Raises:
         ServerDiedError: a server ended while it started.
         NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` has a name that this host does not know, refuses the API key, or gives
-            log-probs that depend on the temperature; ``dtype``, ``cfg.port`` or the key breaks a rule; or ``cfg.nodes``
-            is above 1 without ``cfg.urls``.
+        ValueError: a server of ``cfg.urls`` has a name that this host does not know, refuses the API key, gives
+            log-probs that depend on the temperature, or lacks a flag; ``dtype``, ``cfg.port`` or the key breaks a rule;
+            or ``cfg.nodes`` is above 1 without ``cfg.urls``.
     """
     if not cfg.urls and cfg.nodes > 1:
         raise ValueError(
@@ -235,6 +238,8 @@ def start_servers(
         pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
         if cfg.urls and temperature != 1.0:
             _require_untempered(pool, temperature)
+        if cfg.urls and returns_routes:
+            _require_routes(pool)
         pool._supervise(cfg.max_restarts, cfg.start_deadline_s)
         undo.pop_all()
     return pool
@@ -246,4 +251,14 @@ def _require_untempered(pool: ServerPool, temperature: float) -> None:
             raise ValueError(
                 f"temperature={temperature}: log-probs of {url} depend on it, but must be those of temperature 1: "
                 "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+            )
+
+
+def _require_routes(pool: ServerPool) -> None:
+    for url in pool.urls:
+        info = request_json("GET", f"{url}/server_info", pool.api_key)[1]
+        if not (isinstance(info, dict) and info.get(ROUTES_SETTING) is True):
+            raise ValueError(
+                f"objective.replay=rollout: {url} cannot return the experts that it chooses: start it with "
+                f"{ROUTES_FLAG}"
             )

@@ -88,6 +88,20 @@ def _fork_when_asked_to_spawn() -> None:
     multiprocessing.set_start_method = set_fork
 
 
+def _do_not_pin_memory() -> None:
+    """Let SGLang allocate host memory without a GPU's driver, as it does for the routes of experts."""
+    try:
+        from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+    except ImportError:  # an older SGLang, which needs no driver
+        return
+    pinned = ALLOC_MEMORY_FUNCS["cpu"]
+
+    def plain(*args: object, pin_memory: bool = False, **kwargs: object) -> object:
+        return pinned(*args, pin_memory=False, **kwargs)
+
+    ALLOC_MEMORY_FUNCS["cpu"] = plain
+
+
 _stub_kernels()
 _stub_torchvision()
 
@@ -97,6 +111,8 @@ def main() -> None:
     gc.disable()  # the objects that imports make stay: a collection would look at all of them for nothing
     _fork_when_asked_to_spawn()
     import sglang.srt.entrypoints.http_server  # noqa: F401 (before the forks)
+
+    _do_not_pin_memory()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -15,6 +15,7 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.types import Floats, Microbatch, Sample
 
 if TYPE_CHECKING:
+    from megatron_dypo.mcore.routing_replay import RoutingReplay
     from megatron_dypo.models.architecture import Architecture
     from megatron_dypo.parallel.groups import MeshRank
 
@@ -35,6 +36,8 @@ class Row:
     """Distributed optimizer."""
     overlap: bool = False
     """Whether the reduction of gradients overlaps the backward pass."""
+    replay: bool = False
+    """Whether the experts are those of the samples' routes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ def _row(
     from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
+    from megatron_dypo.mcore.routing_replay import install
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -90,11 +94,12 @@ def _row(
     )
     load_initial_weights(chunks, model, arch, layout)
     optimizer = build_optimizer(chunks, OptimizerConfig(distributed=row.distributed), dtype="float32", total_steps=1)
-    mine, logprobs = _scored(chunks, groups, layout)
+    replay = install(chunks, arch, layout) if row.replay else None
+    mine, logprobs = _scored(chunks, groups, layout, replay)
     gradients, statistics = [], []
     for objective, count in row.passes:
         optimizer.zero_grad()
-        statistics.append(_backward(chunks, mine, groups, objectives[objective], count, layout))
+        statistics.append(_backward(chunks, mine, groups, objectives[objective], count, layout, replay))
         gradients.append(stage_gradients(chunks, arch, layout, row.distributed))
     grad_norm = optimizer.step().grad_norm
     close(layout)
@@ -102,14 +107,17 @@ def _row(
 
 
 def _scored(
-    chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Sample]], layout: MeshRank
+    chunks: Sequence[torch.nn.Module],
+    groups: Sequence[Sequence[Sample]],
+    layout: MeshRank,
+    replay: RoutingReplay | None,
 ) -> tuple[list[list[Sample]] | None, dict[tuple[int, int], Floats]]:
     """Return this replica's groups with GAL's log-probs from a forward-only pass, and those log-probs."""
     from megatron_dypo.mcore.logprobs import sequence_logprobs
 
     mine = [g for g in groups if g[0].order % layout.data == layout.dp_rank]
     flat = [s for g in mine for s in g]
-    logps = sequence_logprobs(chunks, flat, layout=layout, budget=48)
+    logps = sequence_logprobs(chunks, on_leader(flat, layout), layout=layout, budget=48, replay=replay)
     if logps is None:
         return None, {}
     logprobs = {(s.order, s.member): logp for s, logp in zip(flat, logps, strict=True)}
@@ -130,12 +138,12 @@ def _backward(
     cfg: ObjectiveConfig,
     count: int | None,
     layout: MeshRank,
+    replay: RoutingReplay | None,
 ) -> dict[str, float]:
     """Run the forward and backward passes of one update; return the statistics of its loss."""
     from megatron_dypo.batching.exchange import balance, broadcast_samples
-    from megatron_dypo.batching.zigzag import shard
-    from megatron_dypo.mcore.forward_step import loss_pass
-    from megatron_dypo.mcore.forward_step import add_over_ranks
+    from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
+    from megatron_dypo.mcore.logprobs import own_parts
     from megatron_dypo.objective.recipes.registry import build_objective
     from tests.support.objective_cases import totals_of
 
@@ -151,8 +159,13 @@ def _backward(
         samples = balance(weighted, layout.leaders_group)
     samples = broadcast_samples(samples, layout.replica_group)
     microbatches = packed_microbatches(samples, count, layout)
-    parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
+    parts = own_parts(microbatches, samples, layout, replay)
     return add_over_ranks(loss_pass(chunks, parts, objective=objective, context_group=layout.cp_group), layout)
+
+
+def on_leader(samples: Sequence[Sample], layout: MeshRank) -> list[Sample]:
+    """Return the samples with routes on the leader alone, as a run has them."""
+    return list(samples) if layout.is_replica_leader else [dataclasses.replace(s, routes=None) for s in samples]
 
 
 def packed_microbatches(samples: Sequence[Sample], count: int | None, layout: MeshRank) -> list[Microbatch]:

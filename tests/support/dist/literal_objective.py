@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 from megatron_dypo.config.schedule import weight_at
 from megatron_dypo.types import Sample, SampleKind, Treatment
+from tests.support.dist.literal_routes import routed
 from tests.support.hf_models import import_transformers
 
 
@@ -86,7 +87,8 @@ def loss_of_logprobs(
 
 def response_logp(model: Any, sample: Sample) -> Tensor:
     tokens = torch.tensor(sample.tokens.astype("int64"))
-    logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
+    with routed(model, sample):
+        logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
     logp_L = logp_LV[:-1].gather(1, tokens[1:, None])[:, 0]
     return logp_L[sample.num_prompt_tokens - 1 :]
 
