@@ -65,6 +65,25 @@ def cut_routes(
     return routes
 
 
+def put_routes(routes: Sequence[Routes], part: Routes, microbatch: Microbatch, share: Share, context: int) -> None:
+    """Write one rank's part of a microbatch into the routes of whole samples, which are longer than they need be.
+
+    Args:
+        routes: [L, layers, k] of each sample that was packed.
+        part: [T', layers, k] of the rank's tokens and layers.
+    """
+    tokens = share.tokens(microbatch, context)
+    sample_T, positions_T = microbatch.sample_T[tokens], microbatch.positions_T[tokens]
+    layers = _as_slice(share.layers)
+    for index in np.unique(sample_T[sample_T >= 0]):
+        rows = np.flatnonzero(sample_T == index)
+        whole, positions = routes[index], positions_T[rows]
+        if isinstance(layers, slice):
+            whole[positions, layers] = part[rows]
+        else:
+            whole[positions[:, None], np.array(layers)] = part[rows]
+
+
 def has_routes(microbatch: Microbatch, samples: Sequence[Sample]) -> bool:
     """Return whether a sample of the microbatch has routes."""
     return any(samples[index].routes is not None for index in np.unique(microbatch.sample_T) if index >= 0)
@@ -81,5 +100,5 @@ def _require_shape(sample: Sample, routes: Routes, shape: RouteShape) -> None:
     if routes.shape != whole or routes.dtype != shape.dtype or len(routes) > len(sample.tokens):
         raise ValueError(
             f"routes of shape {routes.shape} and type {routes.dtype} for {len(sample.tokens)} tokens: must be at most "
-            f"one row a token of {whole[1:]}, type {np.dtype(shape.dtype)}"
+            f"one row a token of {whole[1:]}, type {shape.dtype}"
         )

@@ -91,7 +91,8 @@ class OldLogpConfig:
     rollouts; this saves the pass."""
     check_every: int = 1
     """With ``source: server``: measure the error of the servers' log-probs once in this many rollout batches. Each
-    measurement is a pass over one group. 0: never."""
+    measurement is a pass over one group. 0: never. With ``objective.replay: rollout`` two more such passes measure what
+    the replay changes."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
@@ -212,9 +213,10 @@ class ObjectiveConfig:
     hard_without_trace: Literal["drop", "opd"] = "drop"
     """With ``name: dypo``, the fate of a Hard prompt without a teacher's trace. ``drop``: drop it. ``opd``: the teacher
     of ``teacher_servers`` judges its rollouts token by token (``objective.opd``), with weight γ."""
-    replay: Literal["off", "rollout"] = "off"
-    """The experts that the trainer takes for rollouts, if the model has experts. ``off``: those that its own router
-    chooses. ``rollout``: those that the servers chose (routing replay, R3); docs/routing_replay.md."""
+    replay: Literal["off", "rollout", "trainer"] = "off"
+    """The experts that the trainer takes for rollouts (docs/routing_replay.md). ``off``: those that its routers choose.
+    ``rollout``: those that the servers chose (R3). ``trainer``: those that its routers chose in the pass for log π_old
+    (R2)."""
     rl_only_steps: int = 0
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0

@@ -75,6 +75,11 @@ class Config:
             "old_logp.source=server, where the clipped ratio is relative to the weights that sampled",
         )
         require(
+            self.objective.replay != "trainer" or self.old_logp.source == "trainer",
+            "objective.replay=trainer",
+            "needs old_logp.source=trainer, whose pass chooses the experts",
+        )
+        require(
             self.objective.alpha != "auto" or self.probe.every > 0,
             "objective.alpha=auto",
             "needs probe.every: α follows the probe's estimates",

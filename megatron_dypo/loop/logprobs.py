@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from megatron_dypo.batching.queues import Group
 from megatron_dypo.config.objective import OldLogpConfig
-from megatron_dypo.loop.books.tally import Tally, tally_logprob_error
+from megatron_dypo.loop.books.tally import Tally, tally_gap, tally_logprob_error
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.types import Floats, Sample, SampleKind
@@ -40,6 +41,8 @@ class Logprobs:
     """Whether it reads log π_θ of samples that older weights made."""
     reads_entropy: bool = False
     """Whether it reads the entropy of π_old of rollouts with forced tokens."""
+    replay: Literal["off", "rollout", "trainer"] = "off"
+    """``objective.replay``."""
     is_asynchronous: bool
     """Whether rollouts are sampled while updates change the weights."""
     tally: Tally
@@ -64,13 +67,14 @@ class Logprobs:
 
         Args:
             version: version of the policy's weights.
-            checks_servers: measure the error of the servers' log-probs, if they are used as log π_old.
+            checks_servers: measure the error of the servers' log-probs, if they are used as log π_old, and what the
+                replay of their routes changes.
         """
         return self._compute(groups, without_logprobs(groups), version, checks_servers)
 
-    def renew(self, groups: Sequence[Group], version: int) -> list[Group]:
+    def renew(self, groups: Sequence[Group], version: int, *, checks_servers: bool = False) -> list[Group]:
         """Return the groups with log π_old and log π_ref, computed again if π_old was of another version."""
-        return self._compute(groups, of_other_versions(groups, version), version, checks_servers=False)
+        return self._compute(groups, of_other_versions(groups, version), version, checks_servers)
 
     def again(self, groups: Sequence[Group], version: int) -> list[Group]:
         """Return the groups; those with log π_old and log π_ref get them anew, by the weights of now."""
@@ -91,7 +95,12 @@ class Logprobs:
         self, groups: Sequence[Group], samples: Sequence[Sample], version: int, checks_servers: bool
     ) -> list[Group]:
         with self.timings.measure("old_log_prob"):
-            if self.cfg.source == "trainer":
+            if checks_servers and self.replay == "rollout":
+                self._measure_replay(samples)
+            if self.replay == "trainer":
+                old, routes = self.policy.logprobs_and_routes(samples)
+                samples = [replace(s, routes=one) for s, one in zip(samples, routes, strict=True)]
+            elif self.cfg.source == "trainer":
                 old = self.policy.logprobs(samples)
             else:
                 if checks_servers:
@@ -128,9 +137,24 @@ class Logprobs:
 
     def _check_servers(self, samples: Sequence[Sample]) -> None:
         """Compute the trainer's log-probs of each replica's oldest group, and count the error of the servers'."""
-        group = [sample for sample in samples if sample.order == samples[0].order]
+        group = _oldest(samples)
         for sample, logp in zip(group, self.policy.logprobs(group), strict=True):
             tally_logprob_error(self.tally, logp - _server_logp(sample))
+
+    def _measure_replay(self, samples: Sequence[Sample]) -> None:
+        """Compute log-probs of each replica's oldest group with replay and without, and count their gaps to the
+        servers'."""
+        group = _oldest(samples)
+        for name, logps in (
+            ("replay", self.policy.logprobs(group)),
+            ("own_choice", self.policy.own_choice_logprobs(group)),
+        ):
+            for sample, logp in zip(group, logps, strict=True):
+                tally_gap(self.tally, name, (logp - _server_logp(sample))[sample.num_forced_tokens :])
+
+
+def _oldest(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.order == samples[0].order]
 
 
 def _server_logp(sample: Sample) -> Floats:

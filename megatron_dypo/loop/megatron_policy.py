@@ -28,6 +28,7 @@ from megatron_dypo.mcore.moe_router import balance_metrics
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reduction import until_reduction
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.route_recorder import RouteRecorder
 from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
@@ -39,7 +40,7 @@ from megatron_dypo.models.gradient_projection import RandomProjection, WholeGrad
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.collectives import gather_floats, gather_objects
 from megatron_dypo.parallel.groups import MeshRank
-from megatron_dypo.types import Floats, Sample
+from megatron_dypo.types import Floats, Routes, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,12 @@ class MegatronPolicy:
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         return self._score(samples, entropy=False, replay=self.replay)
+
+    def logprobs_and_routes(self, samples: Sequence[Sample]) -> tuple[list[Floats], list[Routes]]:
+        assert self.replay is not None, "this run replays no routes"
+        recorder = RouteRecorder(self.replay)
+        logprobs = self._score(self._of_leader(samples), entropy=False, replay=None, recorder=recorder)
+        return logprobs, recorder.routes
 
     def own_choice_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         return self._score(self._of_leader(samples), entropy=False, replay=None)
@@ -238,7 +245,14 @@ class MegatronPolicy:
         bare = [without_arrays(sample) for sample in samples] if self.layout.is_replica_leader else None
         return broadcast_samples(bare, self.layout.replica_group)
 
-    def _score(self, samples: Sequence[Sample], *, entropy: bool, replay: RoutingReplay | None) -> list[Floats]:
+    def _score(
+        self,
+        samples: Sequence[Sample],
+        *,
+        entropy: bool,
+        replay: RoutingReplay | None,
+        recorder: RouteRecorder | None = None,
+    ) -> list[Floats]:
         found = sequence_logprobs(
             self.chunks,
             samples,
@@ -249,5 +263,6 @@ class MegatronPolicy:
             # Groups of a stream come at times of their own.
             by_group=self.config.rollout.uses_stream,
             replay=replay,
+            recorder=recorder,
         )
         return found or []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_dypo.config.run import CheckpointConfig
-from megatron_dypo.types import Floats, Sample
+from megatron_dypo.types import Floats, Routes, Sample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +58,9 @@ class Policy(Protocol):
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return the same for samples that every rank of the replica already holds, such as those of an update."""
+
+    def logprobs_and_routes(self, samples: Sequence[Sample]) -> tuple[list[Floats], list[Routes]]:
+        """Return :meth:`own_choice_logprobs`, and the experts that the routers chose: [L, layers, k] of each sample."""
 
     def own_choice_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return the log-probs that the policy has when its routers choose the experts, whatever routes the samples

@@ -71,6 +71,7 @@ class Run:
             reads_reference=self.objective.needs_reference(),
             reads_current=self.objective.needs_current_logprobs(),
             reads_entropy=self.objective.needs_old_entropy(),
+            replay=self.config.objective.replay,
             is_asynchronous=self.config.rollout.mode == "async",
             tally=self.tally,
             timings=self.timings,

@@ -39,10 +39,11 @@ def open_batch(
         buffer: of the objective; where enough traces are buffered, the newest are taken for the last minibatch.
     """
     orders = oldest(ranks.of_leaders(queues.orders()), batching.prompts_per_batch)
+    is_check_due = logprobs.is_check_due(number)
     if logprobs.are_of_one_version:
-        groups = logprobs.renew(queues.take(orders), version)
+        groups = logprobs.renew(queues.take(orders), version, checks_servers=is_check_due)
     else:
-        queues.replace(logprobs.complete(queues.groups(), version, checks_servers=logprobs.is_check_due(number)))
+        queues.replace(logprobs.complete(queues.groups(), version, checks_servers=is_check_due))
         groups = queues.take(orders)
     batch = RolloutBatch(orders=tuple(orders), groups=tuple(groups), passes=batching.epochs_per_batch)
     if buffer is None:

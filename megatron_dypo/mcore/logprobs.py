@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from megatron_dypo.batching.pack import (
 from megatron_dypo.batching.zigzag import local_response_mask, shard
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.forward_step import logprob_pass
+from megatron_dypo.mcore.route_recorder import RouteRecorder
 from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.objective.streams import Stream
 from megatron_dypo.parallel.device import device
@@ -109,6 +111,7 @@ def sequence_logprobs(
     entropy: bool = False,
     by_group: bool = False,
     replay: RoutingReplay | None = None,
+    recorder: RouteRecorder | None = None,
 ) -> list[Floats] | None:
     """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
@@ -122,6 +125,7 @@ def sequence_logprobs(
         by_group: put no two groups into one microbatch. Then the last bits of a sample's log-probs do not depend on the
             groups that are scored with it, and so not on the time at which each came.
         replay: replays the routes of the leader's samples; None: the routers choose.
+        recorder: gets the experts that the routers choose.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
@@ -133,7 +137,10 @@ def sequence_logprobs(
     set_training(chunks, False)
     for chunk in chunks:
         unwrap(chunk).scores_entropy = entropy
-    parts = logprob_pass(chunks, own_parts(packed, samples, layout, replay), entropy=entropy)
+    with contextlib.nullcontext() if recorder is None else recorder.recording():
+        parts = logprob_pass(chunks, own_parts(packed, samples, layout, replay), entropy=entropy)
+        if recorder is not None:
+            recorder.collect(packed, samples)
     set_training(chunks, True)
     if not samples:
         return _nothing(layout)

@@ -2,8 +2,8 @@
 
 Rollout servers and the trainer compute the same router with other kernels, so that they choose other experts for some
 tokens, and other experts give other log-probs. With replay the trainer takes the servers' choice (R3, arXiv 2510.11370,
-section 3). Only the choice is taken: the routing weights are those of the trainer's own logits at the chosen experts,
-so that the router learns.
+section 3), or every update takes the choice of the pass that computed log π_old (R2). Only the choice is taken: the
+routing weights are those of the trainer's own logits at the chosen experts, so that the router learns.
 
 Megatron calls ``router_replay.get_replay_topk`` in place of its top-k (transformer/moe/moe_utils.py:705 of 0.16.1);
 :class:`ReplayedRoutes` has that method. Megatron's own ``RouterReplay`` keeps one list for all models of a process, and
@@ -52,6 +52,8 @@ class ReplayedRoutes:
         first."""
         self.replayed: Tensor | int = 0
         """Tokens whose choice was replayed."""
+        self.record: list[Tensor] | None = None
+        """The router's own choice in every forward step, [T, K] each; None: not recorded."""
         self._now: Tensor | None = None
         self._is_in_step = False
         self._to_recompute: deque[Tensor | None] = deque()
@@ -87,6 +89,8 @@ class ReplayedRoutes:
         """
         assert default_compute_topk is not None, "Megatron passes its own choice"
         own_scores, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.record is not None:
+            self.record.append(own)
         routes = self._now if self._is_in_step else self._recomputed()
         if routes is None:
             return own_scores, own
@@ -166,16 +170,25 @@ class RoutingReplay:
         return own
 
     def _receive(self, microbatch: Microbatch) -> Routes:
-        share = next(share for share in self.shares if share.rank == self.layout.rank)
-        routes = np.empty(share.shape(microbatch, self.layout.context, self.shape.per_token), self.shape.dtype)
+        routes = np.empty(self.own_share.shape(microbatch, self.layout.context, self.shape.per_token), self.shape.dtype)
         buffer = torch.from_numpy(routes.view(np.uint8).reshape(-1))
         dist.recv(buffer, src=self.layout.leader_rank, group=self.layout.replica_group)
         return routes
 
+    @property
+    def slots(self) -> list[ReplayedRoutes]:
+        """Return what the routers of this rank replay, in the order of its layers."""
+        return [slot for chunk in self.chunks for slot in _slots(chunk)]
+
+    @property
+    def own_share(self) -> Share:
+        """Return the share of this rank."""
+        return next(share for share in self.shares if share.rank == self.layout.rank)
+
     def take_difference(self, name: str) -> dict[str, float]:
         """Return the share of tokens and layers for which the router would have chosen other experts, since the last
         call; {} if none were replayed. Collective over the world."""
-        slots = [slot for chunk in self.chunks for slot in _slots(chunk)]
+        slots = self.slots
         counts = [float(sum(slot.replaced for slot in slots)), float(sum(slot.replayed for slot in slots))]
         total = torch.tensor(counts, dtype=torch.float64, device=device())
         if self.layout.tp_rank > 0 and self.shares[0].parts == 1:

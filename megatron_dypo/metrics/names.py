@@ -34,6 +34,26 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "train/load_balancing_loss", "", "experts: mean over layers, 1 under perfect balance; without its coefficient"
     ),
+    Metric(
+        "train/replay/route_difference",
+        "fraction",
+        "replay: tokens and layers of the update for which the router would have chosen other experts",
+    ),
+    Metric(
+        "train/replay/route_difference_old",
+        "fraction",
+        "the same in the passes before the update, for log π_old",
+    ),
+    Metric(
+        "train/replay/logprob_gap",
+        "nats/token",
+        "replay: mean |log π_trainer − log π_server| of the oldest group, with the servers' experts",
+    ),
+    Metric(
+        "train/replay/logprob_gap_own_choice",
+        "nats/token",
+        "the same with the experts that the trainer's routers choose",
+    ),
     Metric("train/lr", "", "learning rate of this update"),
     Metric("train/train_rollout_logprob_abs_diff", "nats/token", "mean |log π_trainer − log π_server| of rollouts"),
     Metric("train/train_rollout_logprob_abs_diff_max", "nats", "the largest such difference"),

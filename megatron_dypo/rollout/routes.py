@@ -32,9 +32,9 @@ class RouteShape:
     num_experts: int
 
     @property
-    def dtype(self) -> type[np.uint8 | np.uint16]:
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
         """The type of an expert's number. Its largest value is never an expert."""
-        return np.uint8 if self.num_experts < np.iinfo(np.uint8).max else np.uint16
+        return np.dtype(np.uint8 if self.num_experts < np.iinfo(np.uint8).max else np.uint16)
 
     @property
     def unknown(self) -> int:
@@ -44,7 +44,7 @@ class RouteShape:
     @property
     def bytes_per_token(self) -> int:
         """Return the bytes of one token's routes."""
-        return self.num_layers * self.per_token * np.dtype(self.dtype).itemsize
+        return self.num_layers * self.per_token * self.dtype.itemsize
 
     @property
     def answer_bytes_per_token(self) -> int:
@@ -78,5 +78,4 @@ def read_routes(encoded: Any, num_tokens: int, shape: RouteShape) -> Routes:
         raise RoutesError(
             f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {shape.num_experts})"
         )
-    routes: Routes = experts.astype(shape.dtype).reshape(expected)
-    return routes
+    return experts.astype(shape.dtype).reshape(expected)

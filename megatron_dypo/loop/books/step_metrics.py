@@ -32,6 +32,8 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "old_logp/server_error/mean": tally.ratio("logprob_error/mean", "logprob_error/tokens"),
         "old_logp/server_error/max": tally.get("max:logprob_error"),
         "old_logp/server_error/sequence": tally.ratio("logprob_error/sequence", "logprob_error/rollouts"),
+        "train/replay/logprob_gap": tally.ratio("gap/replay", "gap/replay/tokens"),
+        "train/replay/logprob_gap_own_choice": tally.ratio("gap/own_choice", "gap/own_choice/tokens"),
     }
     metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
     if tally["asked"]:

@@ -109,6 +109,12 @@ def tally_logprob_error(tally: Tally, error: Floats) -> None:
     tally.extreme("max:logprob_error", float(abs(error).max(initial=0.0)))
 
 
+def tally_gap(tally: Tally, name: str, gap: Floats) -> None:
+    """Count one rollout's [R] difference of log-probs under ``gap/<name>``."""
+    tally.add(f"gap/{name}", float(abs(gap).sum(dtype="float64")))
+    tally.add(f"gap/{name}/tokens", len(gap))
+
+
 def tally_update(tally: Tally, samples: Sequence[Sample], version: int, *, old_is_rollout: bool = False) -> None:
     """Count the sequences of an update.
 

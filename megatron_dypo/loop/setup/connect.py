@@ -22,6 +22,7 @@ from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.fp8 import values
+from megatron_dypo.mcore.routing_replay import route_shape
 from megatron_dypo.parallel import device
 from megatron_dypo.processes.stalls import warn
 from megatron_dypo.refit.quantized_servers import refusal
@@ -150,7 +151,7 @@ def _requests(
         check=pool.check if pool else None,
         router=config.rollout.servers.router,
         vocab_size=base.policy.arch.vocab_size,
-        routes=base.policy.replay.shape if base.policy.replay is not None else None,
+        routes=route_shape(base.policy.arch) if config.objective.replay == "rollout" else None,
     )
     trace_text = judged_trace_text(base.objective, decode, config.run.seed)
     journal = open_journal(config, base.ranks, weights, decode, opened.leader.inputs)

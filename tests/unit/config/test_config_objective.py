@@ -158,6 +158,7 @@ def test_the_defaults_are_the_papers():
         "kl_coef": 0.0,
         "normalize_std": True,
         "advantage_epsilon": 1e-6,
+        "replay": "off",
         "rl_only_steps": 0,
         "sft_steps": 0,
         "options": {},

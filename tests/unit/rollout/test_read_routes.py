@@ -1,0 +1,101 @@
+"""The experts in an answer: read exactly, or refused by name."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dypo.rollout.responses import IncompleteGroupError, parse_group
+from megatron_dypo.rollout.routes import RoutesError, RouteShape, read_routes
+from megatron_dypo.rollout.sampling import Sampling, request_body
+
+SHAPE = RouteShape(num_layers=3, per_token=2, num_experts=8)
+
+
+def encoded(experts: Any) -> str:
+    return base64.b64encode(np.asarray(experts, "<i4").tobytes()).decode()
+
+
+def choice(rows: int) -> np.ndarray:
+    return np.random.default_rng(rows).integers(0, 8, (rows, 3, 2))
+
+
+def test_the_experts_of_all_tokens_but_the_last_are_read() -> None:
+    routes = read_routes(encoded(choice(6)), 7, SHAPE)
+    assert routes.dtype == np.uint8
+    np.testing.assert_array_equal(routes, choice(6))
+    many = RouteShape(num_layers=3, per_token=2, num_experts=512)
+    assert read_routes(encoded(choice(6)), 7, many).dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (None, "no routed_experts: the server needs --enable-return-routed-experts"),
+        (["AAAA"], "no routed_experts"),
+        ("AAA$", "routed_experts: no base64"),
+        ("AAA", "routed_experts: no base64"),
+        ("", "routed_experts of 0 bytes: must be int32 of shape [6, 3, 2]"),
+        (encoded(choice(5)), "routed_experts of 120 bytes: must be int32 of shape [6, 3, 2]"),
+        (encoded(choice(7)), "routed_experts of 168 bytes: must be int32 of shape [6, 3, 2]"),
+        (encoded(np.full((6, 3, 2), 8)), "routed_experts from 8 to 8: must be in [0, 8)"),
+        (encoded(np.full((6, 3, 2), -1)), "routed_experts from -1 to -1: must be in [0, 8)"),
+        (encoded(np.full((6, 3, 2), 2**31 - 1)), "must be in [0, 8)"),
+        ("é" * 8, "routed_experts: no base64"),
+    ],
+)
+def test_anything_else_is_refused(value: Any, problem: str) -> None:
+    with pytest.raises(RoutesError, match=re.escape(problem)):
+        read_routes(value, 7, SHAPE)
+
+
+def answer(num_tokens: int, **meta: Any) -> dict[str, Any]:
+    ids = list(range(10, 10 + num_tokens))
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "finish_reason": {"type": "length"},
+            "output_token_logprobs": [[-0.5, token, None] for token in ids],
+            "weight_version": "0",
+            **meta,
+        },
+    }
+
+
+def sampling(n: int, routes: RouteShape | None) -> Sampling:
+    return Sampling(n=n, temperature=1.0, max_new_tokens=8, top_p=1.0, top_k=-1, stop_token_ids=(2,), routes=routes)
+
+
+def test_each_rollout_of_a_request_has_routes_of_its_own() -> None:
+    rows = [4 + 2, 4 + 7]
+    payload = [answer(length - 3, routed_experts=encoded(choice(length))) for length in rows]
+    group = parse_group(payload, sampling(2, SHAPE), str, num_prompt_tokens=4)
+    for rollout, length in zip(group, rows, strict=True):
+        assert rollout.routes is not None
+        np.testing.assert_array_equal(rollout.routes, choice(length))
+
+
+def test_one_rollout_without_them_spoils_the_group() -> None:
+    payload = [answer(3, routed_experts=encoded(choice(6))), answer(3)]
+    with pytest.raises(IncompleteGroupError, match="no routed_experts"):
+        parse_group(payload, sampling(2, SHAPE), str, num_prompt_tokens=4)
+
+
+def test_routes_that_nobody_asked_for_are_not_read() -> None:
+    (rollout,) = parse_group(answer(3, routed_experts="nonsense"), sampling(1, None), str, num_prompt_tokens=4)
+    assert rollout.routes is None
+
+
+def test_they_are_asked_for_only_where_they_are_read() -> None:
+    tokens = np.array([1, 2, 3], np.int32)
+    assert request_body(tokens, sampling(1, SHAPE))["return_routed_experts"] is True
+    assert "return_routed_experts" not in request_body(tokens, sampling(1, None))
+
+
+def test_an_answer_with_routes_may_be_as_long_as_they_are() -> None:
+    without, with_routes = (sampling(4, routes).max_answer_bytes(1000) for routes in (None, SHAPE))
+    assert with_routes - without >= 4 * len(encoded(choice(1000 + 8 - 1)))
