@@ -7,7 +7,10 @@ only to the ranks that need them.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +19,8 @@ import torch.distributed as dist
 from megatron_dypo.batching.bins import bins_balanced
 from megatron_dypo.batching.wire import dump_samples, load_samples, without_routes
 from megatron_dypo.parallel.collectives import gather_objects
-from megatron_dypo.types import Sample
+from megatron_dypo.rollout.routes import allocate
+from megatron_dypo.types import Routes, Sample
 
 
 def num_tokens(sample: Sample) -> float:
@@ -39,8 +43,54 @@ def balance(
     outgoing: list[list[Sample]] = [[] for _ in range(leaders.size())]
     for sample in samples:
         outgoing[owner[_key(sample)]].append(sample)
-    received = _all_to_all([dump_samples(part) for part in outgoing], leaders)
-    return sorted((s for part in received for s in load_samples(part)), key=_key)
+    received = _all_to_all([dump_samples([without_routes(s) for s in part]) for part in outgoing], leaders)
+    routes = exchange_routes(outgoing, leaders)
+    found = (
+        replace(sample, routes=known)
+        for part, of_part in zip(received, routes, strict=True)
+        for sample, known in zip(load_samples(part), of_part, strict=True)
+    )
+    return sorted(found, key=_key)
+
+
+def exchange_routes(outgoing: Sequence[Sequence[Sample]], leaders: dist.ProcessGroup) -> list[list[Routes | None]]:
+    """Send the routes of ``outgoing[r]`` to leader r; return those of the samples that came from each leader.
+
+    They are the largest part of samples, so they go one by one, between two leaders at a time.
+    """
+    size, rank = leaders.size(), leaders.rank()
+    shapes = [[None if s.routes is None else (s.routes.shape, s.routes.dtype.str) for s in part] for part in outgoing]
+    incoming = [json.loads(text) for text in _all_to_all([json.dumps(part).encode() for part in shapes], leaders)]
+    received: list[list[Routes | None]] = [[None] * len(part) for part in incoming]
+    for step in range(size):
+        target, source = (rank + step) % size, (rank - step) % size
+        sent = [s.routes for s in outgoing[target] if s.routes is not None]
+        places = [index for index, shape in enumerate(incoming[source]) if shape is not None]
+        arrays = sent if step == 0 else _swap(sent, [incoming[source][i] for i in places], target, source, leaders)
+        for index, array in zip(places, arrays, strict=True):
+            received[source][index] = array
+    return received
+
+
+def _swap(
+    sent: Sequence[Routes], shapes: Sequence[Any], target: int, source: int, leaders: dist.ProcessGroup
+) -> list[Routes]:
+    """Send arrays to one leader while those of these shapes come from another."""
+    arrays = allocate([shape for shape, _ in shapes], np.dtype(shapes[0][1])) if shapes else []
+    for out, into in itertools.zip_longest(sent, arrays):
+        works = []
+        if out is not None:
+            works.append(dist.isend(_bytes_of(np.require(out, requirements="CW")), group=leaders, group_dst=target))
+        if into is not None:
+            works.append(dist.irecv(_bytes_of(into), group=leaders, group_src=source))
+        for work in works:
+            assert work is not None, "this rank is in the group"
+            work.wait()
+    return arrays
+
+
+def _bytes_of(array: Routes) -> torch.Tensor:
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 
 def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[int, int], int]:

@@ -38,7 +38,7 @@ class _Response:
     versions: tuple[str, ...]
     starts: tuple[int, ...]
     """Index of the first token of each version."""
-    routes: Routes | None
+    routed_experts: Any
 
 
 def parse_group(
@@ -68,9 +68,10 @@ def parse_group(
     if len(outputs) != sampling.n:
         raise IncompleteGroupError(f"{len(outputs)} of {counted(sampling.n, 'response')}")
     limit = _LARGEST_ID + 1 if vocab_size is None else vocab_size
-    responses = [_read(output, sampling, limit, num_prompt_tokens) for output in outputs]
+    responses = [_read(output, sampling, limit) for output in outputs]
     _require_versions(responses, versions)
-    return tuple(_rollout(response, decode) for response in responses)
+    routes = _read_routes(responses, sampling, num_prompt_tokens)
+    return tuple(_rollout(*pair, decode) for pair in zip(responses, routes, strict=True))
 
 
 def sampled_lengths(payload: Any) -> list[int]:
@@ -80,7 +81,7 @@ def sampled_lengths(payload: Any) -> list[int]:
     return [len(one) for one in ids if isinstance(one, list) and one]
 
 
-def _read(output: Any, sampling: Sampling, id_limit: int, num_prompt_tokens: int) -> _Response:
+def _read(output: Any, sampling: Sampling, id_limit: int) -> _Response:
     meta = output.get("meta_info") if isinstance(output, dict) else None
     if not isinstance(meta, dict):
         raise IncompleteGroupError(f"a response without meta_info: {quote(output)}")
@@ -99,15 +100,17 @@ def _read(output: Any, sampling: Sampling, id_limit: int, num_prompt_tokens: int
         finish=finish,
         versions=versions,
         starts=starts,
-        routes=_read_routes(meta, sampling, num_prompt_tokens + len(tokens)),
+        routed_experts=meta.get("routed_experts"),
     )
 
 
-def _read_routes(meta: dict[str, Any], sampling: Sampling, num_tokens: int) -> Routes | None:
+def _read_routes(responses: Sequence[_Response], sampling: Sampling, num_prompt_tokens: int) -> Sequence[Routes | None]:
     if sampling.routes is None:
-        return None
+        return [None] * len(responses)
+    encoded = [response.routed_experts for response in responses]
+    lengths = [num_prompt_tokens + len(response.tokens) for response in responses]
     try:
-        return read_routes(meta.get("routed_experts"), num_tokens, sampling.routes)
+        return read_routes(encoded, lengths, sampling.routes)
     except RoutesError as error:
         raise IncompleteGroupError(str(error)) from error
 
@@ -201,7 +204,7 @@ def _number(version: str) -> int:
     return 0 if version == "default" else int(version)
 
 
-def _rollout(response: _Response, decode: Callable[[Tokens], str]) -> Rollout:
+def _rollout(response: _Response, routes: Routes | None, decode: Callable[[Tokens], str]) -> Rollout:
     spans = tuple(zip(map(_number, response.versions), response.starts, strict=True))
     return Rollout(
         tokens=response.tokens,
@@ -210,7 +213,7 @@ def _rollout(response: _Response, decode: Callable[[Tokens], str]) -> Rollout:
         finish=response.finish,
         policy_version=spans[0][0],
         version_spans=spans,
-        routes=response.routes,
+        routes=routes,
     )
 
 

@@ -8,13 +8,20 @@ they are the largest part of a rollout: 8 experts in each of 94 layers are 752 b
 from __future__ import annotations
 
 import base64
-import binascii
+import math
+import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_dypo.types import Routes
+
+_ON_DISK_BYTES = 32 * 2**20
+"""Routes of one group from which on they are kept on disk."""
 
 
 class RoutesError(ValueError):
@@ -52,30 +59,56 @@ class RouteShape:
         return -(-self.num_layers * self.per_token * 4 * 4 // 3)
 
 
-def read_routes(encoded: Any, num_tokens: int, shape: RouteShape) -> Routes:
-    """Return the [L − 1, layers, k] routes of a sequence.
+def allocate(shapes: Sequence[tuple[int, ...]], dtype: np.dtype[np.unsignedinteger[Any]]) -> list[Routes]:
+    """Return arrays for the routes of several sequences, whose values are not set.
 
-    Args:
-        encoded: ``meta_info.routed_experts`` of an answer, of any type.
-        num_tokens: L, tokens of prompt and response.
+    Large ones lie together in one file without a name in the folder for temporary files (``TMPDIR``), from where the
+    system brings pages into memory and takes them away again. The file goes with the last array, or with the process.
 
     Raises:
-        RoutesError: it is not the base64 of so many routes, or names an expert that the model does not have.
+        OSError: that folder has too little space.
     """
+    sizes = [math.prod(shape) for shape in shapes]
+    total = sum(sizes)
+    if total * dtype.itemsize < _ON_DISK_BYTES:
+        whole = np.empty(total, dtype)
+    else:
+        with tempfile.TemporaryFile(prefix="megatron-dypo-routes-") as file:
+            os.posix_fallocate(file.fileno(), 0, total * dtype.itemsize)  # else a full disk would be a SIGBUS later
+            whole = np.memmap(file, dtype, mode="r+", shape=(total,))
+    ends = np.cumsum([0, *sizes])
+    return [whole[start:end].reshape(shape) for start, end, shape in zip(ends, ends[1:], shapes, strict=False)]
+
+
+def read_routes(encoded: Sequence[Any], num_tokens: Sequence[int], shape: RouteShape) -> list[Routes]:
+    """Return the [L − 1, layers, k] routes of each of several sequences.
+
+    Args:
+        encoded: ``meta_info.routed_experts`` of each answer, of any type.
+        num_tokens: L of each, tokens of prompt and response.
+
+    Raises:
+        RoutesError: one is not the base64 of so many routes, or names an expert that the model does not have.
+    """
+    sizes = [(count - 1, shape.num_layers, shape.per_token) for count in num_tokens]
+    routes = allocate(sizes, shape.dtype)
+    for text, into in zip(encoded, routes, strict=True):
+        into[...] = _decode(text, into.shape, shape.num_experts)
+    return routes
+
+
+def _decode(encoded: Any, expected: tuple[int, ...], num_experts: int) -> npt.NDArray[np.int32]:
     if not isinstance(encoded, str):
         raise RoutesError(
             "no routed_experts: the server needs --enable-return-routed-experts, and a router must pass the request on"
         )
     try:
         raw = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise RoutesError(f"routed_experts: no base64: {error}") from error
-    expected = (num_tokens - 1, shape.num_layers, shape.per_token)
-    if len(raw) != 4 * (num_tokens - 1) * shape.num_layers * shape.per_token:
+    if len(raw) != 4 * math.prod(expected):
         raise RoutesError(f"routed_experts of {len(raw)} bytes: must be int32 of shape {list(expected)}")
     experts = np.frombuffer(raw, dtype="<i4")
-    if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < shape.num_experts:
-        raise RoutesError(
-            f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {shape.num_experts})"
-        )
-    return experts.astype(shape.dtype).reshape(expected)
+    if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
+        raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
+    return experts.reshape(expected)

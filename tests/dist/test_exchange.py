@@ -1,6 +1,8 @@
 """Samples between replicas and inside one, over real gloo groups."""
 
 from tests.support.present import present
+import dataclasses
+
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -14,6 +16,15 @@ def work(sample):
     return float(len(sample.tokens) ** 2)
 
 
+def routed(sample):
+    """Return the sample with routes; every third has none, and those of some are as large as a file's."""
+    if sample.order % 3 == 2:
+        return sample
+    rng, layers = np.random.default_rng(sample.order), 300_000 if sample.order == 4 else 3
+    routes = rng.integers(0, 60_000, (len(sample.tokens) - 1, layers, 2), dtype=np.uint16)
+    return dataclasses.replace(sample, routes=routes)
+
+
 def rank_exchange(seed):
     """Balance three leaders that hold very different shares; then ranks 0 and 1 are one replica of two."""
     from megatron_dypo.batching.exchange import balance, broadcast_samples
@@ -23,7 +34,7 @@ def rank_exchange(seed):
     groups = random_groups(seed, num_hard=4, num_mid=6)
     rank = dist.get_rank()
     owner = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # rank 2 holds nothing
-    mine = [s for g, who in zip(groups, owner, strict=True) if who == rank for s in g]
+    mine = [routed(s) for g, who in zip(groups, owner, strict=True) if who == rank for s in g]
     balanced = balance(mine, present(dist.group.WORLD), work)
     pair = dist.new_group([0, 1], backend="gloo")
     shared = broadcast_samples(balanced if rank == 0 else None, pair) if rank < 2 else []
@@ -50,6 +61,7 @@ def test_every_sample_arrives_once_and_unchanged(exchanged):
     for sample in originals:
         np.testing.assert_array_equal(arrived[key(sample)].tokens, sample.tokens)
         assert arrived[key(sample)].reward == sample.reward
+        np.testing.assert_equal(arrived[key(sample)].routes, routed(sample).routes)
 
 
 def test_replicas_get_equal_work_in_a_fixed_order(exchanged):
@@ -72,6 +84,7 @@ def test_the_shares_are_those_of_the_given_cost(exchanged):
 def test_a_leaders_samples_reach_its_replica_and_nobody_else(exchanged):
     results, _ = exchanged
     assert [key(s) for s in results[1][1]] == [key(s) for s in results[0][0]]
+    assert all(s.routes is None for s in results[1][1]), "routes stay on the leader"
     assert results[2][1] == []
 
 

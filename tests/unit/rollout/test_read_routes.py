@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
+import gc
+import os
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_dypo.rollout.responses import IncompleteGroupError, parse_group
-from megatron_dypo.rollout.routes import RoutesError, RouteShape, read_routes
+from megatron_dypo.rollout.routes import RoutesError, RouteShape, allocate, read_routes
 from megatron_dypo.rollout.sampling import Sampling, request_body
 
 SHAPE = RouteShape(num_layers=3, per_token=2, num_experts=8)
@@ -25,11 +31,11 @@ def choice(rows: int) -> np.ndarray:
 
 
 def test_the_experts_of_all_tokens_but_the_last_are_read() -> None:
-    routes = read_routes(encoded(choice(6)), 7, SHAPE)
+    (routes,) = read_routes([encoded(choice(6))], [7], SHAPE)
     assert routes.dtype == np.uint8
     np.testing.assert_array_equal(routes, choice(6))
     many = RouteShape(num_layers=3, per_token=2, num_experts=512)
-    assert read_routes(encoded(choice(6)), 7, many).dtype == np.uint16
+    assert read_routes([encoded(choice(6))], [7], many)[0].dtype == np.uint16
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,42 @@ def test_the_experts_of_all_tokens_but_the_last_are_read() -> None:
 )
 def test_anything_else_is_refused(value: Any, problem: str) -> None:
     with pytest.raises(RoutesError, match=re.escape(problem)):
-        read_routes(value, 7, SHAPE)
+        read_routes([value], [7], SHAPE)
+
+
+def test_large_routes_lie_in_a_file_that_goes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, lengths = open_files(), [40_000, 3, 200_000]
+    shape = RouteShape(num_layers=48, per_token=4, num_experts=100)
+    arrays = allocate([(length, 48, 4) for length in lengths], shape.dtype)
+    for value, array in enumerate(arrays):
+        array[...] = value
+    assert [(int(array.min()), int(array.max()), array.shape) for array in arrays] == [
+        (value, value, (length, 48, 4)) for value, length in enumerate(lengths)
+    ]
+    assert list(tmp_path.iterdir()) == [], "the file has no name"
+    assert len(open_files() - before) == 1, "one file for all"
+    del array, arrays
+    gc.collect()
+    assert open_files() == before
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        allocate([(200_000, 48, 4)], SHAPE.dtype)
+
+
+def open_files() -> set[tuple[str, str]]:
+    """Return the open files of this process, with their numbers."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add((link.name, str(link.readlink())))
+    return {(name, target) for name, target in found if "megatron-dypo-routes-" in target or "(deleted)" in target}
 
 
 def answer(num_tokens: int, **meta: Any) -> dict[str, Any]:
