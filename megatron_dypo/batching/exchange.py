@@ -80,7 +80,9 @@ def _swap(
     for out, into in itertools.zip_longest(sent, arrays):
         works = []
         if out is not None:
-            works.append(dist.isend(_bytes_of(np.require(out, requirements="CW")), group=leaders, group_dst=target))
+            works.append(
+                dist.isend(_bytes_of(np.require(out, requirements=["C", "W"])), group=leaders, group_dst=target)
+            )
         if into is not None:
             works.append(dist.irecv(_bytes_of(into), group=leaders, group_src=source))
         for work in works:

@@ -80,6 +80,12 @@ class Config:
             "needs old_logp.source=trainer, whose pass chooses the experts",
         )
         require(
+            self.objective.replay != "rollout" or self.rollout.servers.router is None,
+            "objective.replay=rollout",
+            "needs rollout.servers.router=null: sglang-router drops the request for experts. The run balances the load "
+            "over rollout.servers.urls itself",
+        )
+        require(
             self.objective.alpha != "auto" or self.probe.every > 0,
             "objective.alpha=auto",
             "needs probe.every: α follows the probe's estimates",

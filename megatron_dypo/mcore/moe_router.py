@@ -13,11 +13,6 @@ layers, so that one layer's imbalance can cancel another's.)
 Megatron's own loss does not fit: with ``calculate_per_token_loss`` it is multiplied by the number of tokens, because
 all gradients are later divided by the global number of tokens (transformer/moe/router.py:456-472 of 0.16.1). A globally
 normalised objective has no such division.
-
-Routing replay (training with the experts that the rollout servers chose) is not implemented. It would enter here: with
-``moe_enable_routing_replay`` Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206).
-``BalancedRouter.routing`` would give it the recorded top-k indices of the microbatch's tokens, which ``Sample`` and
-``batching.pack`` would carry as a stream of [T, layers, k].
 """
 
 from __future__ import annotations

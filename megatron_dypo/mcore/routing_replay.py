@@ -7,7 +7,7 @@ routing weights are those of the trainer's own logits at the chosen experts, so 
 
 Megatron calls ``router_replay.get_replay_topk`` in place of its top-k (transformer/moe/moe_utils.py:705 of 0.16.1);
 :class:`ReplayedRoutes` has that method. Megatron's own ``RouterReplay`` keeps one list for all models of a process, and
-must be told before each recomputation. This one knows by itself: a router that runs outside of a forward step is being
+must be told before each recomputation. This one needs no word: a router that runs outside of a forward step is being
 recomputed, in the order of the microbatches.
 
 The load-balancing loss still counts the router's own choice, since that is what it must learn to balance.
@@ -204,15 +204,17 @@ def install(chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshR
     """Let the routers of this rank replay routes. Collective over the replica.
 
     Raises:
-        ValueError: the model has no experts.
+        ValueError: the model has no experts, or a fused kernel chooses them.
     """
+    config = unwrap(chunks[0]).config
     if arch.experts is None:
         raise ValueError(f"objective.replay: the {arch.family} model has no experts, whose choice could be replayed")
+    if config.moe_router_fusion:
+        raise ValueError("objective.replay: a fused router takes no choice from outside: set moe_router_fusion=false")
     layers: list[int] = []
     for router in routers(chunks):
         router.router_replay = ReplayedRoutes(len(layers))
         layers.append(int(router.layer_number) - 1)
-    config = unwrap(chunks[0]).config
     own = Share(
         rank=layout.rank,
         cp_rank=layout.cp_rank,

@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from megatron_dypo.types import Routes
 
-_ON_DISK_BYTES = 32 * 2**20
-"""Routes of one group from which on they are kept on disk."""
+_ON_DISK_BYTES = 8 * 2**20
+"""Size of a group's routes from which on they are kept on disk."""
+_PIECE = 2**19
+"""Characters that are decoded at a time, about a millisecond: a multiple of 16, which are three experts."""
 
 
 class RoutesError(ValueError):
@@ -88,27 +90,42 @@ def read_routes(encoded: Sequence[Any], num_tokens: Sequence[int], shape: RouteS
         num_tokens: L of each, tokens of prompt and response.
 
     Raises:
-        RoutesError: one is not the base64 of so many routes, or names an expert that the model does not have.
+        RoutesError: one is not the base64 of that many routes, or names an expert that the model does not have.
     """
     sizes = [(count - 1, shape.num_layers, shape.per_token) for count in num_tokens]
+    for text, size in zip(encoded, sizes, strict=True):
+        _require_text(text, size)
     routes = allocate(sizes, shape.dtype)
     for text, into in zip(encoded, routes, strict=True):
-        into[...] = _decode(text, into.shape, shape.num_experts)
+        _decode(text, into.reshape(-1), shape.num_experts)
     return routes
 
 
-def _decode(encoded: Any, expected: tuple[int, ...], num_experts: int) -> npt.NDArray[np.int32]:
+def _require_text(encoded: Any, size: tuple[int, ...]) -> None:
     if not isinstance(encoded, str):
+        raise RoutesError("no routed_experts: the server needs --enable-return-routed-experts")
+    num_bytes = 4 * math.prod(size)
+    if len(encoded) != 4 * -(-num_bytes // 3):
         raise RoutesError(
-            "no routed_experts: the server needs --enable-return-routed-experts, and a router must pass the request on"
+            f"routed_experts of {len(encoded)} characters: must be base64 of int32 of shape {list(size)}, "
+            f"{4 * -(-num_bytes // 3)} characters"
         )
-    try:
-        raw = base64.b64decode(encoded, validate=True)
-    except ValueError as error:
-        raise RoutesError(f"routed_experts: no base64: {error}") from error
-    if len(raw) != 4 * math.prod(expected):
-        raise RoutesError(f"routed_experts of {len(raw)} bytes: must be int32 of shape {list(expected)}")
-    experts = np.frombuffer(raw, dtype="<i4")
-    if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
-        raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
-    return experts.reshape(expected)
+
+
+def _decode(encoded: str, into: npt.NDArray[np.unsignedinteger[Any]], num_experts: int) -> None:
+    """Decode piece by piece, so that other threads need not wait for long."""
+    filled = 0
+    for start in range(0, len(encoded), _PIECE):
+        try:
+            raw = base64.b64decode(encoded[start : start + _PIECE], validate=True)
+            experts = np.frombuffer(raw, dtype="<i4")
+        except ValueError as error:
+            raise RoutesError(f"routed_experts: no base64 of int32: {error}") from error
+        if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
+            raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
+        if filled + len(experts) > len(into):
+            break
+        into[filled : filled + len(experts)] = experts
+        filled += len(experts)
+    if filled != len(into):
+        raise RoutesError(f"routed_experts: the base64 of {filled} experts: must be {len(into)}")

@@ -12,7 +12,7 @@ from tests.support.e2e.commands import steps_of, train
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import make_hf_model
 
-EXPERTS = {"moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
 """SGLang pads experts of bfloat16 on a CPU to a multiple of 64."""
 
 

@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.server_flags import ROUTES_FLAG
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.router import Router
+from megatron_dypo.rollout.server.probe import request_json
 from megatron_dypo.rollout.server.servers import ServerPool
 from tests.support.hf_models import make_hf_model
 from tests.support.rollout.clients import make_prompts
@@ -27,7 +29,8 @@ from tests.support.routers import running_router
 
 @pytest.fixture(scope="module")
 def pool(sglang_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> ServerPool:
-    return sglang_servers(make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2"), per_node=2)
+    model = make_hf_model("qwen3_moe", tmp_path_factory.mktemp("models") / "qwen3_moe")
+    return sglang_servers(model, per_node=2, extra_args=(ROUTES_FLAG,))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,18 @@ def make_client(pool: ServerPool, router: Router | None, **fields: Any) -> SGLan
     return SGLangClient(
         pool.urls, pool.api_key, cfg=cfg, decode=str, stop_token_ids=(2,), check=pool.check, router=url, backoff_s=0.1
     )
+
+
+def test_the_router_drops_the_request_for_experts_so_that_a_run_refuses_it(pool: ServerPool, router: Router) -> None:
+    """Once a router passes it on, ``Config`` needs no rule on ``objective.replay`` and ``rollout.servers.router``."""
+    router.use_servers(pool.urls)
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}, "return_routed_experts": True}
+    metas = []
+    for url in (pool.urls[0], router.url):
+        status, answer = request_json("POST", f"{url}/generate", pool.api_key, body, timeout_s=60.0)
+        assert status == 200
+        metas.append(answer["meta_info"])
+    assert ["routed_experts" in meta for meta in metas] == [True, False]
 
 
 def post(pool: ServerPool, url: str, path: str, body: Any = None) -> int:

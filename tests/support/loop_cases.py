@@ -228,6 +228,15 @@ class FakePolicy:
         assert self._is_leader or not samples, "a follower holds no samples"
         return [np.arange(sample.num_response_tokens, 0, -1).astype(np.float32) for sample in samples]
 
+    def own_choice_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
+        """Return log-probs that are 0.25 lower than with the experts of the samples."""
+        return [logp - np.float32(0.25) for logp in self.logprobs(samples)]
+
+    def logprobs_and_routes(self, samples: Sequence[Sample]) -> tuple[list[Any], list[Any]]:
+        """Return routes that show the version."""
+        routes = [np.full((len(sample.tokens), 2, 1), self.version, np.uint8) for sample in samples]
+        return self.own_choice_logprobs(samples), routes
+
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return [np.full(sample.num_response_tokens, -0.5, np.float32) for sample in samples]
 

@@ -22,6 +22,7 @@ LAST_LINES = {
     "interval_coverage": {"coverage_3_or_more_seeds", "coverage_2_seeds"},
     "probe": {"time_vs_updates", "memory_256_vs_32"},
     "probe_coverage": {"least_coverage"},
+    "routes": {"read_vs_text", "cut_vs_whole", "gib_for_1024", "share_of_step"},
     "journal": {"write_vs_parse", "digest_vs_copy", "bytes_per_token", "us_per_token"},
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
     "lm_eval_gsm8k": {"items", "same_responses", "correct_ours", "truncated", "correct_and_truncated"}

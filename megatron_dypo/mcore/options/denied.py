@@ -86,7 +86,7 @@ MODEL: Rows = (
     ),
     ("moe_grad_scale_func", "the losses are this package's own"),
     ("moe_router_bias_update_rate", _OWN_PROGRAM),
-    ("moe_enable_routing_replay", "routes of the servers are not among the samples"),
+    ("moe_enable_routing_replay", "use objective.replay"),
     ("moe_token_dispatcher_type", _DISPATCHER),
     ("moe_flex_dispatcher_backend", _DISPATCHER),
     ("moe_enable_deepep", _DISPATCHER),

@@ -20,7 +20,8 @@ def assert_same(one, other, name):
 def test_samples_survive_the_wire_bit_for_bit():
     samples = [s for g in random_groups(7) for s in g]
     weights = {"advantage": 0.1, "nll_weight": -1 / 3, "gal_scale": 0.2}
-    samples[0] = dataclasses.replace(samples[0], weights=weights, current_logp_sum=-3.7, logp_version=3)
+    routes = np.random.default_rng(0).integers(0, 60_000, (4, 3, 2), dtype=np.uint16)
+    samples[0] = dataclasses.replace(samples[0], weights=weights, current_logp_sum=-3.7, logp_version=3, routes=routes)
     restored = load_samples(dump_samples(samples))
     assert len(restored) == len(samples)
     for before, after in zip(samples, restored, strict=True):

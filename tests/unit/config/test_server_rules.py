@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_dypo.config.reading.load import parse_config
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
-from megatron_dypo.config.server_flags import SETTINGS
+from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING, SETTINGS
 from megatron_dypo.config.tree import Config
 
 REQUIRED = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
@@ -244,6 +244,36 @@ def test_every_flag_and_setting_is_one_of_sglangs() -> None:
     for setting in SETTINGS:
         assert re.search(rf"^    {setting.name}: ", source, re.MULTILINE), setting.name
         assert setting.flags[0].removeprefix("--").replace("-", "_") == setting.name
+    assert re.search(rf"^    {ROUTES_SETTING}: ", source, re.MULTILINE)
+    assert ROUTES_FLAG.removeprefix("--").replace("-", "_") == ROUTES_SETTING
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    return parse_config({**REQUIRED, **sections}, where="test")
+
+
+@pytest.mark.parametrize("extra", [[], [ROUTES_FLAG], ["--enable-memory-saver"]])
+def test_servers_return_experts_where_the_trainer_takes_them(extra: list[str]) -> None:
+    servers = {"servers": {"extra_args": extra}}
+    config = config_of(rollout=servers, objective={"replay": "rollout"})
+    assert config.servers.extra_args.count(ROUTES_FLAG) == 1
+    assert set(config.servers.extra_args) == {*extra, ROUTES_FLAG}
+    for replay in ("off", "trainer"):
+        assert list(config_of(rollout=servers, objective={"replay": replay}).servers.extra_args) == extra
+
+
+def test_the_pass_that_chooses_experts_must_be_the_trainers() -> None:
+    rule = "objective.replay=trainer: needs old_logp.source=trainer, whose pass chooses the experts"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        config_of(objective={"replay": "trainer"}, old_logp={"source": "server"})
+    assert config_of(objective={"replay": "rollout"}, old_logp={"source": "server"}).objective.replay == "rollout"
+
+
+def test_a_router_that_drops_the_request_for_experts_is_refused() -> None:
+    servers = {"servers": {"urls": ["http://a:1"], "router": "http://b:2"}}
+    assert config_of(rollout=servers).rollout.servers.router
+    with pytest.raises(ValueError, match=r"objective\.replay=rollout: needs rollout\.servers\.router=null"):
+        config_of(rollout=servers, objective={"replay": "rollout"})
 
 
 def test_other_flags_are_the_users() -> None:

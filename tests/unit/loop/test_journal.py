@@ -69,6 +69,7 @@ def group_of(order: int, *, versions: Sequence[int] = (5, 5), seed: int = 0, tok
                 policy_version=min(versions),
                 version_spans=((min(versions), 0), (version, 3)) if version > min(versions) else ((version, 0),),
                 num_forced_tokens=2 - number,
+                routes=np.full((len(ids), 2, 1), order, np.uint8) if number else None,
             )
         )
     verdicts = (

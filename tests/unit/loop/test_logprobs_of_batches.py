@@ -16,7 +16,7 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.update import count_totals, open_batch
 from megatron_dypo.metrics.writer import Timings
-from megatron_dypo.types import Treatment
+from megatron_dypo.types import SampleKind, Treatment
 from tests.support.loop_cases import FakePolicy, OneRank, ThreadRanks, run_in_threads
 from tests.support.objective_cases import random_groups
 
@@ -166,3 +166,32 @@ def test_a_batch_is_the_oldest_over_all_replicas_and_known_on_all_ranks(ranks_pe
     assert [own for _, own, _, _ in found[::ranks_per_replica]] == [[0], [1, 2, 3]]
     assert [waiting for *_, waiting in found[::ranks_per_replica]] == [[], [4]]
     assert all(own == waiting == [] for _, own, _, waiting in found[1::2]) or ranks_per_replica == 1
+
+
+def test_the_experts_of_the_pass_for_the_old_policy_stay_with_the_samples() -> None:
+    done = rollouts(logprobs(at(4), replay="trainer").complete(fresh(), 4))
+    assert all((s.routes == 4).all() and len(s.routes) == len(s.tokens) for s in done)
+    assert all(set(s.old_logp) == {-5.25} for s in done)
+    renewed = rollouts(logprobs(at(6), replay="trainer", is_asynchronous=True).renew([done], 6))
+    assert all((s.routes == 6).all() for s in renewed)
+
+
+def test_traces_keep_the_experts_that_the_router_chooses() -> None:
+    done = logprobs(at(4), replay="trainer").complete(fresh(), 4)
+    assert all(s.routes is None for group in done for s in group if s.kind is SampleKind.TRACE)
+
+
+def test_a_check_measures_what_the_replay_changes_on_the_oldest_group() -> None:
+    groups = fresh(version=0)
+    computed = logprobs(at(0), replay="rollout")
+    done = rollouts(computed.complete(groups, 0, checks_servers=True))
+    assert all(set(s.old_logp) == {-1.0} for s in done)
+    first = [s for s in done if s.order == done[0].order]
+    tokens = sum(s.num_response_tokens for s in first)
+    for name, logp in (("replay", -1.0), ("own_choice", -1.25)):
+        gap = sum(float(abs(logp - s.rollout_logp).sum(dtype="float64")) for s in first)
+        assert computed.tally[f"gap/{name}"] == pytest.approx(gap, rel=1e-6)
+        assert computed.tally[f"gap/{name}/tokens"] == tokens
+    unmeasured = logprobs(at(0), replay="rollout")
+    unmeasured.complete(fresh(version=0), 0)
+    assert not unmeasured.tally

@@ -43,20 +43,30 @@ def test_the_experts_of_all_tokens_but_the_last_are_read() -> None:
     [
         (None, "no routed_experts: the server needs --enable-return-routed-experts"),
         (["AAAA"], "no routed_experts"),
-        ("AAA$", "routed_experts: no base64"),
-        ("AAA", "routed_experts: no base64"),
-        ("", "routed_experts of 0 bytes: must be int32 of shape [6, 3, 2]"),
-        (encoded(choice(5)), "routed_experts of 120 bytes: must be int32 of shape [6, 3, 2]"),
-        (encoded(choice(7)), "routed_experts of 168 bytes: must be int32 of shape [6, 3, 2]"),
+        ("", "routed_experts of 0 characters: must be base64 of int32 of shape [6, 3, 2], 192 characters"),
+        (encoded(choice(5)), "routed_experts of 160 characters: must be base64 of int32 of shape [6, 3, 2]"),
+        (encoded(choice(7)), "routed_experts of 224 characters: must be base64 of int32 of shape [6, 3, 2]"),
+        ("A" * 191 + "$", "routed_experts: no base64 of int32"),
+        ("A" * 190 + "==", "routed_experts: no base64 of int32"),
+        ("A" * 191 + "=", "routed_experts: no base64 of int32"),
+        ("A" * 188 + "====", "routed_experts: no base64 of int32"),
         (encoded(np.full((6, 3, 2), 8)), "routed_experts from 8 to 8: must be in [0, 8)"),
         (encoded(np.full((6, 3, 2), -1)), "routed_experts from -1 to -1: must be in [0, 8)"),
         (encoded(np.full((6, 3, 2), 2**31 - 1)), "must be in [0, 8)"),
-        ("é" * 8, "routed_experts: no base64"),
+        ("é" * 192, "routed_experts: no base64 of int32"),
     ],
 )
 def test_anything_else_is_refused(value: Any, problem: str) -> None:
     with pytest.raises(RoutesError, match=re.escape(problem)):
         read_routes([value], [7], SHAPE)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 14, 4097, 20_000])
+def test_routes_of_any_length_are_read_piece_by_piece(num_tokens: int) -> None:
+    shape = RouteShape(num_layers=5, per_token=7, num_experts=300)
+    experts = np.random.default_rng(num_tokens).integers(0, 300, (num_tokens - 1, 5, 7))
+    (routes,) = read_routes([encoded(experts)], [num_tokens], shape)
+    np.testing.assert_array_equal(routes, experts)
 
 
 def test_large_routes_lie_in_a_file_that_goes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ import pytest
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.server.probe import http_status
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
-from megatron_dypo.rollout.server.servers import ServerPool
+from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from tests.support import fake_sglang
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.support.rollout.fake_pools import start_pool
 
@@ -255,6 +256,22 @@ def test_given_servers_with_tempered_log_probs_are_refused(
         monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
         with pytest.raises(ValueError, match=r"temperature=0\.7: .*SGLANG_RETURN_ORIGINAL_LOGPROB=1"):
             start_pool(python, tmp_path, urls=owner.urls, temperature=0.7)
+
+
+@pytest.mark.parametrize("info", [{}, {"enable_return_routed_experts": False}, {"enable_return_routed_experts": True}])
+def test_given_servers_must_be_able_to_return_their_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, info: dict[str, bool]
+) -> None:
+    monkeypatch.setitem(fake_sglang._ABOUT, "/server_info", info)
+    with FakeSGLang() as fake:
+        cfg = ServersConfig(urls=(fake.url,))
+        start = functools.partial(start_servers, cfg, tmp_path, "float32", tmp_path, seed=1, device="cpu")
+        assert start().urls == cfg.urls
+        if all(info.values()) and info:
+            assert start(returns_routes=True).urls == cfg.urls
+        else:
+            with pytest.raises(ValueError, match=f"{fake.url} cannot return the experts .*--enable-return-routed"):
+                start(returns_routes=True)
 
 
 def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str, tmp_path: Path) -> None:
