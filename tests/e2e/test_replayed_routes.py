@@ -16,7 +16,7 @@ EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 16, "num_
 """SGLang pads experts of bfloat16 on a CPU to a multiple of 64."""
 
 
-def make_run(folder: Path, replay: str, **sections: dict[str, Any]) -> Path:
+def make_run(folder: Path, replay: str, **sections: Any) -> Path:
     config = write_task(
         folder,
         num_prompts=400,

@@ -99,6 +99,7 @@ def require_same(found: RolloutGroup | GradedGroup | None, expected: RolloutGrou
     for one, other in zip(found.rollouts, expected.rollouts, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.logp.view(np.uint32), other.logp.view(np.uint32))
+        np.testing.assert_equal(one.routes, other.routes)
         assert (one.tokens.dtype, one.logp.dtype) == (np.dtype(np.int32), np.dtype(np.float32))
         for name in ("text", "finish", "policy_version", "version_spans", "num_forced_tokens"):
             assert getattr(one, name) == getattr(other, name)
