@@ -17,7 +17,7 @@ from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture, load_architecture
-from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
+from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout, check_replay
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -63,6 +63,7 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         return None
     with found.noting():
         check_layout(arch, config.parallel)
+        check_replay(arch, config.objective.replay)
         check_fp8_sizes(arch, config.parallel, config.model.fp8)
     with found.noting():
         arch.check_length(

@@ -201,16 +201,8 @@ class RoutingReplay:
 
 
 def install(chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshRank) -> RoutingReplay:
-    """Let the routers of this rank replay routes. Collective over the replica.
-
-    Raises:
-        ValueError: the model has no experts, or a fused kernel chooses them.
-    """
+    """Let the routers of this rank replay routes. Collective over the replica."""
     config = unwrap(chunks[0]).config
-    if arch.experts is None:
-        raise ValueError(f"objective.replay: the {arch.family} model has no experts, whose choice could be replayed")
-    if config.moe_router_fusion:
-        raise ValueError("objective.replay: a fused router takes no choice from outside: set moe_router_fusion=false")
     layers: list[int] = []
     for router in routers(chunks):
         router.router_replay = ReplayedRoutes(len(layers))

@@ -30,6 +30,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
     _check_experts(arch, parallel)
 
 
+def check_replay(arch: Architecture, replay: str) -> None:
+    """Check that the model has experts, whose choice ``objective.replay`` replays. Raises ValueError otherwise."""
+    rule = f"the {arch.family} model has no experts, whose choice could be replayed"
+    require(replay == "off" or arch.experts is not None, f"objective.replay={replay}", rule)
+
+
 def check_tensor_parallel(arch: Architecture, size: int, *, axis: str = "tensor_parallel") -> None:
     """Check that ``size`` ranks share heads, groups and a dense MLP evenly, as Megatron-Core requires.
 

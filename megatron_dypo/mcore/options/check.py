@@ -7,6 +7,7 @@ import os
 from megatron_dypo.config.tree import Config
 from megatron_dypo.mcore.features import Features, shield_imports
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.layout_rules import check_replay
 
 
 def option_problems(config: Config) -> list[str]:
@@ -51,6 +52,11 @@ def require_options(config: Config, arch: Architecture, features: Features) -> N
     if problems := option_problems(config):
         raise ValueError("\n".join(problems))
     features.require(config.parallel, config.optimizer)
-    transformer_config(arch, config.model, config.parallel, features)
+    check_replay(arch, config.objective.replay)
+    transformer = transformer_config(arch, config.model, config.parallel, features)
+    if config.objective.replay != "off" and transformer.moe_router_fusion:
+        raise ValueError(
+            "model.megatron.moe_router_fusion=true: must be false with objective.replay: a fused router takes no choice"
+        )
     data_parallel_config(config.model, config.parallel, use_distributed_optimizer=config.optimizer.distributed)
     optimizer_config(config.optimizer, dtype=config.model.dtype, fp8=config.model.fp8)

@@ -265,3 +265,15 @@ def test_recompute_modules_that_the_installed_version_lacks_are_refused() -> Non
     model = ModelConfig(hf_path="x", recompute="selective", recompute_modules=("core_atn",))
     with pytest.raises(ValueError, match=r"^model\.recompute_modules=\['core_atn'\]: megatron-core .*Allowed modules"):
         transformer_config(ARCH, model, ParallelConfig(), PLAIN)
+
+
+def test_replay_needs_experts_and_a_router_that_takes_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "dypo.yaml"
+    path.write_text("model: {hf_path: m}\nobjective: {replay: rollout}\ndata: {prompts: [p]}\n")
+    require_options(load_config(path), MOE, PLAIN)
+    with pytest.raises(ValueError, match=r"objective\.replay=rollout: the qwen2 model has no experts"):
+        require_options(load_config(path), ARCH, PLAIN)
+    fused = load_config(path, ["model.megatron.moe_router_fusion=true"])
+    with pytest.raises(ValueError, match=r"moe_router_fusion=true: must be false with objective\.replay"):
+        require_options(fused, MOE, PLAIN)
+    require_options(load_config(path, ["objective.replay=off", "model.megatron.moe_router_fusion=true"]), MOE, PLAIN)
