@@ -13,6 +13,10 @@ from megatron_dypo.config.reading.command_line import ConfigFile, Overrides, Qua
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A published model in place of model.hf_path.", show_default="the config's folder"),
+    ] = None,
     gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes of the trainer.", show_default="as many as the config needs")
@@ -35,14 +39,17 @@ def plan(
     from megatron_dypo.planning.plan import as_data, make_plan
     from megatron_dypo.planning.report import render
     from megatron_dypo.planning.setting import make_setting
+    from megatron_dypo.planning.shipped import shipped_architecture
 
+    named = [] if model is None else [f"model.hf_path={json.dumps(model)}"]
     setting = make_setting(
-        load_config(config, overrides or []),
+        load_config(config, [*(overrides or []), *named]),
         find_gpu(gpu),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
+        arch=None if model is None else shipped_architecture(model),
     )
     made = make_plan(setting)
     typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))

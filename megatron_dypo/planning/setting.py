@@ -123,18 +123,20 @@ def make_setting(
     gpus_per_node: int = 8,
     prompt_tokens: int | None = None,
     response_tokens: int | None = None,
+    arch: Architecture | None = None,
 ) -> Setting:
     """Return the setting of a config.
 
     Args:
         nodes: number of trainer nodes. None: ``parallel.num_processes`` GPUs, or the fewest that the axes allow.
         prompt_tokens, response_tokens: mean lengths. None: a quarter of the limits in the config.
+        arch: the model. None: that of ``<model.hf_path>/config.json``.
 
     Raises:
         ValueError: the model folder has no ``config.json``, or the layout does not suit the model, the GPUs or the FP8
             recipe.
     """
-    arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
+    arch, parallel, servers = arch or load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
     check_layout(arch, parallel)
     check_fp8_sizes(arch, parallel, config.model.fp8)
     asked = nodes * gpus_per_node if nodes else parallel.num_processes
