@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +29,10 @@ def plan(
     response_tokens: Annotated[
         int | None, typer.Option(min=1, help="Mean length of a response.", show_default="a quarter of the limit")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="METRICS", help="metrics.jsonl of a run of this config: find and use its constants."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
     """Estimate without a GPU whether a run fits, how long a step takes, and how to divide the GPUs.
@@ -35,6 +40,7 @@ def plan(
     Exit status 1: the run does not fit, or the GPU cannot run it.
     """
     from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.planning.calibration import as_dict, calibrated, render_calibration
     from megatron_dypo.planning.devices import find_gpu
     from megatron_dypo.planning.plan import as_data, make_plan
     from megatron_dypo.planning.report import render
@@ -51,8 +57,15 @@ def plan(
         response_tokens=response_tokens,
         arch=None if model is None else shipped_architecture(model),
     )
+    calibration = None
+    if calibrate is not None:
+        setting, calibration = calibrated(setting, calibrate, keep_lengths=bool(prompt_tokens or response_tokens))
     made = make_plan(setting)
-    typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
+    if as_json:
+        typer.echo(json.dumps(as_data(made) | (as_dict(calibration) if calibration else {}), indent=2))
+    else:
+        found = f"{render_calibration(calibration)}\n" if calibration else ""
+        typer.echo(found + render(made).rstrip("\n"))
     if made.problems():
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ SPREADS = {"step": 1.16, "update": 1.15, "rollout": 1.27, "logprobs": 1.15, "com
 """Part of a step → the factor above and below the planned seconds. ``common``: everything in which both sides stop."""
 SHARE = 0.9
 _LARGEST = 3.0
-"""Factor of a part that cannot explain an error by itself."""
+"""Factor of a part that cannot explain an error on its own."""
 
 
 def interval(seconds: float, part: str) -> tuple[float, float]:
