@@ -31,7 +31,7 @@ Log-probs have those of an update."""
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a run measured."""
+    """The means that a run measured."""
 
     steps: int
     seconds: Mapping[str, float]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_dypo.config.reading.command_line import ConfigFile, Overrides, Quantization
+
+if TYPE_CHECKING:
+    from megatron_dypo.planning.setting import Setting
 
 
 def plan(
@@ -33,6 +36,9 @@ def plan(
         Path | None,
         typer.Option(metavar="METRICS", help="metrics.jsonl of a run of this config: find and use its constants."),
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Propose layouts and say why; --nodes counts trainer and servers together.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
     """Estimate without a GPU whether a run fits, how long a step takes, and how to divide the GPUs.
@@ -51,7 +57,7 @@ def plan(
     setting = make_setting(
         load_config(config, [*(overrides or []), *named]),
         find_gpu(gpu),
-        nodes=nodes,
+        nodes=None if search else nodes,
         gpus_per_node=gpus_per_node,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
@@ -60,6 +66,9 @@ def plan(
     calibration = None
     if calibrate is not None:
         setting, calibration = calibrated(setting, calibrate, keep_lengths=bool(prompt_tokens or response_tokens))
+    if search:
+        typer.echo(_search(setting, nodes, as_json=as_json))
+        return
     made = make_plan(setting)
     if as_json:
         typer.echo(json.dumps(as_data(made) | (as_dict(calibration) if calibration else {}), indent=2))
@@ -68,6 +77,17 @@ def plan(
         typer.echo(found + render(made).rstrip("\n"))
     if made.problems():
         raise typer.Exit(1)
+
+
+def _search(setting: Setting, nodes: int | None, *, as_json: bool) -> str:
+    """Return the proposals for a number of nodes; None: the config's, of trainer and servers together."""
+    from megatron_dypo.planning.proposals import proposals_as_data, render_proposals
+    from megatron_dypo.planning.search import search
+
+    per_node = setting.gpus_per_node
+    own = -(-setting.trainer_gpus // per_node) + -(-setting.rollout_gpus // per_node)
+    found = search(setting, nodes or own)
+    return json.dumps(proposals_as_data(found), indent=2) if as_json else render_proposals(found).rstrip("\n")
 
 
 def plan_refit(

@@ -101,6 +101,13 @@ def step_time(setting: Setting) -> StepTime:
     )
 
 
+def trainer_seconds(setting: Setting) -> float:
+    """Return the seconds that depend on the trainer alone: log-probs, update, and a step's share of a checkpoint."""
+    batching = setting.config.batching
+    prompts = batching.prompts_per_update / setting.group.learned / batching.epochs_per_batch
+    return _logprobs(setting, prompts) + update_time(setting).total + _checkpoint_time(setting)
+
+
 def refit_time(setting: Setting) -> float:
     """Return the seconds of sending all weights to all servers; quantised weights are sent in FP8."""
     refit = setting.config.refit
