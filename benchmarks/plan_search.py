@@ -27,7 +27,7 @@ CASES = {"70b": ("llama3_70b", "llama3-70b", 12), "235b": ("qwen3_235b_a22b", "q
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a quarter of the nodes of 70B: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="fewer nodes: does it run?")
     args = parser.parse_args()
     measure.print_header()
     seconds = {}
@@ -36,7 +36,7 @@ def main() -> None:
             load_config(CONFIGS / f"{config}.yaml"), find_gpu("h100-80gb"), arch=shipped_architecture(model)
         )
         if args.smoke:
-            nodes = 4 if name == "70b" else 24
+            nodes = 8 if name == "70b" else 24
         start = time.process_time()
         proposals = search(setting, nodes)
         seconds[f"search_{name}_s"] = round(time.process_time() - start, 2)
