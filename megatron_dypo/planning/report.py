@@ -117,11 +117,12 @@ def _step(plan: Plan) -> list[str]:
         lines.append(f"  {name:<15}{seconds:>9.1f}   {bounds:<17}{seconds / step.total:>4.0%}   {why}")
         if name == "update":
             lines += [f"    {axis:<13}{value:>9.1f}" for axis, value in vars(step.update).items() if value >= 0.05]
-    other = (
-        f"one part after the other {step.sequential:.1f} s"
+    how, seconds = (
+        ("one part after the other", step.sequential)
         if step.is_async
-        else f"with rollouts beside the update {step.overlapped:.1f} s"
+        else ("with rollouts beside the update", step.overlapped)
     )
+    other = f"{how} {seconds:.1f} s {_bounds(seconds, 'step')}"
     lines.append(
         f"  {'total':<15}{step.total:>9.1f}   {_bounds(step.total, 'step'):<24}"
         f"{step.tokens / step.total:,.0f} trained tokens/s, {step.tokens / step.total / gpus:,.0f} a GPU; {other}"
@@ -175,7 +176,7 @@ def _division(plan: Plan) -> list[str]:
 def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
     how = "rollouts beside the update" if is_async else "one part after the other"
     lines = [
-        f"WEAK SCALING: prompts, replicas and servers in proportion, {how}",
+        f"WEAK SCALING: prompts, replicas and servers in proportion, {how}; parts have the factors of TIME's intervals",
         f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'logp s':>9}{'update s':>10}{'refit s':>9}"
         f"{'step s':>9}{'':19}{'tokens/s':>10}{'efficiency':>12}",
     ]
