@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_dypo.config.reading.command_line import ConfigFile, Overrides, Quantization
 
+if TYPE_CHECKING:
+    from megatron_dypo.planning.setting import Setting
+
 
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A published model in place of model.hf_path.", show_default="the config's folder"),
+    ] = None,
     gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes of the trainer.", show_default="as many as the config needs")
@@ -24,6 +32,13 @@ def plan(
     response_tokens: Annotated[
         int | None, typer.Option(min=1, help="Mean length of a response.", show_default="a quarter of the limit")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="METRICS", help="metrics.jsonl of a run of this config: find and use its constants."),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Propose layouts and say why; --nodes counts trainer and servers together.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
     """Estimate without a GPU whether a run fits, how long a step takes, and how to divide the GPUs.
@@ -31,23 +46,48 @@ def plan(
     Exit status 1: the run does not fit, or the GPU cannot run it.
     """
     from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.planning.calibration import as_dict, calibrated, render_calibration
     from megatron_dypo.planning.devices import find_gpu
     from megatron_dypo.planning.plan import as_data, make_plan
     from megatron_dypo.planning.report import render
     from megatron_dypo.planning.setting import make_setting
+    from megatron_dypo.planning.shipped import shipped_architecture
 
+    named = [] if model is None else [f"model.hf_path={json.dumps(model)}"]
     setting = make_setting(
-        load_config(config, overrides or []),
+        load_config(config, [*(overrides or []), *named]),
         find_gpu(gpu),
-        nodes=nodes,
+        nodes=None if search else nodes,
         gpus_per_node=gpus_per_node,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
+        arch=None if model is None else shipped_architecture(model),
     )
+    calibration = None
+    if calibrate is not None:
+        setting, calibration = calibrated(setting, calibrate, keep_lengths=bool(prompt_tokens or response_tokens))
+    if search:
+        typer.echo(_search(setting, nodes, as_json=as_json))
+        return
     made = make_plan(setting)
-    typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
+    if as_json:
+        typer.echo(json.dumps(as_data(made) | (as_dict(calibration) if calibration else {}), indent=2))
+    else:
+        found = f"{render_calibration(calibration)}\n" if calibration else ""
+        typer.echo(found + render(made).rstrip("\n"))
     if made.problems():
         raise typer.Exit(1)
+
+
+def _search(setting: Setting, nodes: int | None, *, as_json: bool) -> str:
+    """Return the proposals for a number of nodes; None: the config's, of trainer and servers together."""
+    from megatron_dypo.planning.proposals import proposals_as_data, render_proposals
+    from megatron_dypo.planning.search import search
+
+    per_node = setting.gpus_per_node
+    own = -(-setting.trainer_gpus // per_node) + -(-setting.rollout_gpus // per_node)
+    found = search(setting, nodes or own)
+    return json.dumps(proposals_as_data(found), indent=2) if as_json else render_proposals(found).rstrip("\n")
 
 
 def plan_refit(

@@ -1,6 +1,7 @@
 """GPUs and their links according to the vendors' data sheets: dense rates, one direction of a link, SI units.
 
-Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S"
+Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "GB200
+NVL72" (give 72 GPUs a node: its racks are one NVLink domain), "L40S"
 (without NVLink: its GPUs communicate over PCIe). The A800 is an A100, and the H800 an H100, with NVLink at 400 GB/s
 (both directions together). Memory is the total that the driver reports, which is less than the name says. Network: each
 GPU has one port of the usual DGX/HGX node (200 Gbit/s for Ampere and Ada, 400 Gbit/s for later ones). The share that
@@ -44,6 +45,9 @@ class Gpu:
     matmul: float
     """Share of ``bf16`` that the kernels of a layer, including norms and attention, reach together in training."""
 
+    per_host: int = 8
+    """GPUs of one host. More can be one NVLink domain."""
+
     @property
     def fp8_gain(self) -> float:
         """Return how many times faster a linear layer is in FP8 than in bf16; 1: the GPU has no FP8."""
@@ -59,6 +63,7 @@ def _gpu(
     hbm: float,
     links: tuple[float, float, float],
     matmul: float,
+    per_host: int = 8,
 ) -> Gpu:
     """Make a GPU from GiB, TFLOP/s, TB/s, and GB/s of NVLink, network and PCIe."""
     nvlink, network, pcie = (rate * 1e9 for rate in links)
@@ -73,11 +78,15 @@ def _gpu(
         network=network,
         pcie=pcie,
         matmul=matmul,
+        per_host=per_host,
     )
 
 
 _GEN4, _GEN5 = 25.0, 50.0
 """GB/s that a copy from pinned memory reaches over 16 lanes; the links' rates are 32 and 64."""
+
+_C2C = 200.0
+"""GB/s that a copy from the memory of a Grace host reaches; the link's rate is 450."""
 
 _AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
 """Shares for ``Gpu.matmul``. Ampere's agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper's
@@ -96,6 +105,7 @@ GPUS = {
         _gpu("h20-96gb", (9, 0), 95.1, 148, 296, 4.0, (450, 50, _GEN5), _SLOW),
         _gpu("h200-141gb", (9, 0), 139.8, 989, 1979, 4.8, (450, 50, _GEN5), _HOPPER),
         _gpu("b200-180gb", (10, 0), 178.3, 2250, 4500, 8.0, (900, 50, _GEN5), _HOPPER),
+        _gpu("gb200-192gb", (10, 0), 184.6, 2500, 5000, 8.0, (900, 50, _C2C), _HOPPER, 4),
     )
 }
 

@@ -83,6 +83,14 @@ def fp8_layers(fp8: Fp8Config, mesh: Mesh, num_layers: int, stage: int) -> int:
     return sum(layer in inside for layer in mesh.layers_of(stage, num_layers))
 
 
+def expert_share(arch: Architecture) -> float:
+    """Return the share of a token's linear FLOPs that are its experts'."""
+    if arch.experts is None:
+        return 0.0
+    chosen = 3 * arch.hidden_size * arch.experts.ffn_hidden_size * arch.experts.per_token
+    return chosen / (sequence_cost(arch).linear / 6 / arch.num_layers)
+
+
 def fp8_flops(arch: Architecture, fp8: Fp8Config) -> float:
     """Return the share of a token's linear FLOPs (``SequenceCost.linear``) that are in FP8: all layers except those in
     bf16, without the router.

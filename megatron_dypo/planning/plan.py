@@ -8,6 +8,7 @@ from typing import Any
 from megatron_dypo.config.fp8 import CAPABILITIES, missing_capability
 from megatron_dypo.planning.devices import GPUS
 from megatron_dypo.planning.footprint import Footprint, fullest
+from megatron_dypo.planning.intervals import interval
 from megatron_dypo.planning.memory import reference_bytes, trainer_footprints
 from megatron_dypo.planning.probe import ProbeCost, probe_cost
 from megatron_dypo.planning.scaling import Scaled, Split, best_split, splits, weak_scaling
@@ -28,6 +29,7 @@ REMEDIES = {
     "rows": "more replicas, or a smaller batching.prompts_per_update",
     "weights": "a larger rollout.servers.tensor_parallel",
     "KV cache": "a larger rollout.servers.tensor_parallel or mem_fraction, or a smaller rollout.max_new_tokens",
+    "trainer": "servers on GPUs of their own, or a larger parallel.tensor or parallel.pipeline",
     "refit bucket": "a smaller refit.bucket_mib",
     "reserved": "a GPU with more memory",
     "fragmentation": "less of the terms above it",
@@ -157,6 +159,11 @@ def _step(step: StepTime) -> dict[str, float]:
         "logprobs_s": step.logprobs,
         "update_s": step.update.total,
         "refit_s": step.refit,
+        "switch_s": step.switch,
+        "checkpoint_s": step.checkpoint,
+        "loop_s": step.loop,
+        "total_low_s": interval(step.total, "step")[0],
+        "total_high_s": interval(step.total, "step")[1],
         "trainer_idle": step.trainer_idle,
         "rollout_idle": step.rollout_idle,
         "tokens": step.tokens,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from megatron_dypo.planning.devices import GIB
 from megatron_dypo.planning.footprint import Footprint, fullest
+from megatron_dypo.planning.intervals import SPREADS, interval
 from megatron_dypo.planning.parameters import whole_model
 from megatron_dypo.planning.plan import REMEDIES, Plan
 from megatron_dypo.planning.scaling import Scaled
@@ -95,7 +96,7 @@ def _distinct(stages: tuple[Footprint, ...]) -> list[Footprint]:
 
 def _step(plan: Plan) -> list[str]:
     step, setting = plan.step, plan.setting
-    gpus = setting.trainer_gpus + setting.rollout_gpus
+    gpus = setting.gpus
     aborted = f" and {step.aborted:,.0f} aborted" if step.aborted else ""
     waits = ("beside log-probs and update", "beside rollouts") if step.is_async else ("trainer waits", "servers wait")
     parts = {
@@ -103,35 +104,51 @@ def _step(plan: Plan) -> list[str]:
         "log-probs": (step.logprobs, "log π_old" + (" and log π_ref" if plan.reference else "")),
         "update": (step.update.total, f"MFU {step.mfu:.0%}; {waits[1]}"),
         "refit": (step.refit, f"transport {setting.config.refit.transport}"),
+        "switch": (step.switch, "servers on the trainer's GPUs sleep and wake"),
+        "checkpoint": (step.checkpoint, f"one every {setting.config.checkpoint.every} steps"),
+        "loop": (step.loop, "data, grading, advantages, logs"),
     }
-    lines = ["TIME of one optimizer step, s"]
+    lines = ["TIME of one optimizer step, s                     (nine of ten published runs are within)"]
     for name, (seconds, why) in parts.items():
-        lines.append(f"  {name:<15}{seconds:>9.1f}   {seconds / step.total:>4.0%}   {why}")
+        if not seconds and name in ("switch", "checkpoint"):
+            continue
+        part = name.replace("-", "")
+        bounds = _bounds(seconds, part if part in SPREADS else "common")
+        lines.append(f"  {name:<15}{seconds:>9.1f}   {bounds:<17}{seconds / step.total:>4.0%}   {why}")
         if name == "update":
             lines += [f"    {axis:<13}{value:>9.1f}" for axis, value in vars(step.update).items() if value >= 0.05]
-    other = (
-        f"one part after the other {step.sequential:.1f} s"
+    how, seconds = (
+        ("one part after the other", step.sequential)
         if step.is_async
-        else f"with rollouts beside the update {step.overlapped:.1f} s"
+        else ("with rollouts beside the update", step.overlapped)
     )
+    other = f"{how} {seconds:.1f} s {_bounds(seconds, 'step')}"
     lines.append(
-        f"  {'total':<15}{step.total:>9.1f}          {step.tokens / step.total:,.0f} trained tokens/s, "
-        f"{step.tokens / step.total / gpus:,.0f} a GPU; {other}"
+        f"  {'total':<15}{step.total:>9.1f}   {_bounds(step.total, 'step'):<24}"
+        f"{step.tokens / step.total:,.0f} trained tokens/s, {step.tokens / step.total / gpus:,.0f} a GPU; {other}"
     )
     how = "rollouts beside the update" if step.is_async else "one after the other"
+    if setting.is_colocated:
+        return lines
     lines.append(f"  idle: trainer {step.trainer_idle:.0%}, servers {step.rollout_idle:.0%} ({how})")
     return lines
 
 
+def _bounds(seconds: float, part: str) -> str:
+    low, high = interval(seconds, part)
+    return f"({low:.1f} – {high:.1f})"
+
+
 def _probe(plan: Plan) -> list[str]:
     cfg, cost, step = plan.setting.config, plan.probe, plan.step
+    scored = _bounds(cost.scores, "update")
     every = f", every {cfg.probe.every} steps" if cfg.probe.every else ""
     return [
         f"PROBE of {cfg.probe.prompts} prompts × {cfg.probe.repeats} × {cfg.rollout.group_size} rollouts and their "
         f"traces{every}",
-        f"  {'rollout':<15}{cost.rollout:>9.1f}   s",
-        f"  {'scores':<15}{cost.scores:>9.1f}   s for {cost.trajectories:,} trajectories, or "
-        f"{cost.scores / step.total:.1f} steps; {cost.scores / cost.update:.2f} of updates from one trajectory each",
+        f"  {'rollout':<15}{cost.rollout:>9.1f}   s {_bounds(cost.rollout, 'rollout')}",
+        f"  {'scores':<15}{cost.scores:>9.1f}   s {scored} for {cost.trajectories:,} trajectories, "
+        f"or {cost.scores / step.total:.1f} steps; {cost.scores / cost.update:.2f} of updates from one trajectory each",
         f"  {'memory':<15}{cost.device_bytes / GIB:>9.2f}   GiB on a GPU; {cost.host_bytes / GIB:.2f} GiB on the host "
         "of the first rank",
     ]
@@ -139,16 +156,19 @@ def _probe(plan: Plan) -> list[str]:
 
 def _division(plan: Plan) -> list[str]:
     lines = ["DIVISION of the same GPUs between trainer and servers"]
+    if plan.setting.is_colocated:
+        return [*lines, "  none: they share all GPUs (refit.offload_servers)"]
     rows = [("synchronous", plan.synchronous), ("overlapped", plan.balanced)]
     for name, split in reversed(rows) if plan.step.is_async else rows:
         if split is None:
             lines.append(f"  {name:<15}no division of these GPUs fits")
             continue
         seconds = split.time.sequential if name == "synchronous" else split.time.overlapped
+        bounds = _bounds(seconds, "step")
         ratio = split.trainer_gpus / split.rollout_gpus
         lines.append(
             f"  {name:<15}{_nodes(plan, split.trainer_gpus)} train, {_nodes(plan, split.rollout_gpus)} serve "
-            f"({ratio:.2g} : 1): {seconds:.1f} s a step"
+            f"({ratio:.2g} : 1): {seconds:.1f} s {bounds} a step"
         )
     return lines
 
@@ -156,9 +176,9 @@ def _division(plan: Plan) -> list[str]:
 def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
     how = "rollouts beside the update" if is_async else "one part after the other"
     lines = [
-        f"WEAK SCALING: prompts, replicas and servers in proportion, {how}",
+        f"WEAK SCALING: prompts, replicas and servers in proportion, {how}; parts have the factors of TIME's intervals",
         f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'logp s':>9}{'update s':>10}{'refit s':>9}"
-        f"{'step s':>9}{'tokens/s':>12}{'efficiency':>12}",
+        f"{'step s':>9}{'':19}{'tokens/s':>10}{'efficiency':>12}",
     ]
     for row in rows:
         if row.split is None:
@@ -168,7 +188,7 @@ def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
         lines.append(
             f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}"
             f"{time.logprobs:>9.1f}{time.update.total:>10.1f}{time.refit:>9.1f}{time.total:>9.1f}"
-            f"{time.tokens / time.total:>12,.0f}{row.efficiency:>12.0%}"
+            f"  {_bounds(time.total, 'step'):<17}{time.tokens / time.total:>10,.0f}{row.efficiency:>12.0%}"
         )
     return lines
 

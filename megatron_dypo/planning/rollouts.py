@@ -17,8 +17,12 @@ import math
 from dataclasses import dataclass
 
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.planning.serving import decode_step_s, make_server, prefill_s
+from megatron_dypo.planning.lengths import survival
+from megatron_dypo.planning.serving import Server, decode_step_s, make_server, prefill_s
 from megatron_dypo.planning.setting import Setting
+
+_POINTS = 32
+"""Places at which the falling number of requests is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ def rollout_round(setting: Setting) -> Round:
     done = max(0.0, min(begun - batch, requests))  # while the batch is full
     drain = drain_tokens(cfg, response, (requests - done) / batch, size)
     full_s = done * response / batch * decode_step_s(setting, server, batch)
-    drain_s = drain * decode_step_s(setting, server, max(1.0, batch * response / drain))
+    drain_s = _drain_seconds(setting, server, batch, drain)
     started = min(begun, done + batch)
     # The responses of a group share their prompt's prefix.
     seconds = full_s + drain_s + prefill_s(setting, started / size * assumed.prompt_tokens)
@@ -55,6 +59,24 @@ def rollout_round(setting: Setting) -> Round:
         seconds=seconds * requests / started if is_kept else seconds,
         aborted=0.0 if is_kept else (started - requests) * response * setting.num_servers,
     )
+
+
+def _drain_seconds(setting: Setting, server: Server, batch: float, drain: float) -> float:
+    """Return the seconds of ``drain`` decoding steps in which the running requests end one after the other.
+
+    Their number falls as the share of longer responses does, and their contexts grow. An asynchronous stream starts new
+    requests as long as it has groups to start.
+    """
+    cfg, assumed = setting.config.rollout, setting.assumed
+    limit = max(cfg.max_new_tokens, assumed.response_tokens, drain)
+    least = 1 - 1 / cfg.oversample if cfg.mode == "async" else 0.0
+    seconds = 0.0
+    for point in range(_POINTS):
+        tokens = (point + 0.5) / _POINTS * drain
+        running = max(1.0, batch * max(least, survival(assumed.response_tokens, limit, tokens)))
+        context = assumed.prompt_tokens + (assumed.response_tokens / 2 if least else tokens)
+        seconds += decode_step_s(setting, server, running, context) * drain / _POINTS
+    return seconds
 
 
 def _prompts(setting: Setting) -> float:

@@ -38,11 +38,13 @@ class Scaled:
 
 
 def splits(setting: Setting) -> list[Split]:
-    """Return every division of the setting's GPUs that fits.
+    """Return every division of the setting's GPUs that fits; none if trainer and servers share them.
 
     Trainer and servers get whole nodes; on a single node they get whole replicas and servers.
     """
-    total = setting.trainer_gpus + setting.rollout_gpus
+    if setting.is_colocated:
+        return []
+    total = setting.gpus
     grain = _grain(setting)
     found = (_split(setting, trainer, total - trainer) for trainer in range(grain, total, grain))
     return [split for split in found if split is not None and split.fits]
@@ -55,12 +57,13 @@ def best_split(setting: Setting, *, overlapped: bool) -> Split:
 
 def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scaled]:
     """Scale an update's prompts, the replicas and the servers together; keep the setting's division of GPUs."""
-    share = setting.trainer_gpus / (setting.trainer_gpus + setting.rollout_gpus)
+    share = setting.trainer_gpus / setting.gpus
     rows: list[Scaled] = []
     first = None
     for gpus in sizes:
         trainer = round(share * gpus / _grain(setting)) * _grain(setting)
-        split = _split(_with_work(setting, gpus), trainer, gpus - trainer)
+        rollout = trainer if setting.is_colocated else gpus - trainer
+        split = _split(_with_work(setting, gpus), trainer, rollout)
         rate = split.time.tokens / split.time.total / gpus if split else math.nan
         first = rate if first is None and split else first
         rows.append(Scaled(gpus=gpus, split=split, efficiency=rate / first if first else math.nan))
@@ -69,7 +72,7 @@ def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scale
 
 def _grain(setting: Setting) -> int:
     """Return the divisor of every possible number of trainer GPUs."""
-    is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
+    is_small = setting.gpus <= setting.gpus_per_node
     fewest = setting.config.parallel.fewest_ranks
     return fewest if is_small else math.lcm(fewest, setting.gpus_per_node)
 
@@ -84,7 +87,7 @@ def _split(setting: Setting, trainer: int, rollout: int) -> Split | None:
 
 
 def _with_work(setting: Setting, gpus: int) -> Setting:
-    factor = gpus / (setting.trainer_gpus + setting.rollout_gpus)
+    factor = gpus / setting.gpus
     cfg = setting.config
 
     def scaled(count: int) -> int:

@@ -19,7 +19,7 @@ def chunks_in_flight(*, stage: int, pipeline: int, virtual_pipeline: int, microb
     return min(total, 2 * (pipeline - stage - 1) + (virtual_pipeline - 1) * pipeline + 1)
 
 
-def pipeline_seconds(stages: Sequence[float], *, virtual_pipeline: int, microbatches: int) -> float:
+def pipeline_seconds(stages: Sequence[float], *, virtual_pipeline: int, microbatches: float) -> float:
     """Return the time of a pass of all microbatches through the pipeline, given the work of each stage.
 
     It is the work of the slowest stage, plus the work of the other stages on one chunk of one microbatch, while the

@@ -7,23 +7,20 @@ So HBM limits the speed until the batch is large. The KV cache limits the number
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_dypo.planning.footprint import Footprint, Term
-from megatron_dypo.planning.memory import RESERVED
+from megatron_dypo.planning.memory import RESERVED, largest_counts, model_state
 from megatron_dypo.planning.parameters import ServedBytes, active_parameters, served_bytes
 from megatron_dypo.planning.setting import Setting
 
 MEM_FRACTION = 0.85
 """SGLang's ``--mem-fraction-static`` if none is given. SGLang's own choice depends on GPU and TP and is close to
 this."""
-HBM_EFFICIENCY = 0.7
-"""Share of the data sheet's rate that decoding kernels reach."""
-STEP_OVERHEAD_S = 2e-3
-"""Scheduling, sampling and kernel launches of a decoding step."""
 ALLREDUCE_S = 15e-6
-"""Latency of one all-reduce within a node."""
+"""Latency of one all-reduce within a host."""
+HOSTS_ALLREDUCE_S = 50e-6
+"""A guess: latency of one all-reduce between hosts, where kernels that read each other's memory do not reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +51,21 @@ def make_server(setting: Setting) -> Server:
     heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
     per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
     weights, tensor = served_bytes(arch, e, setting.config.refit.quantize), servers.tensor_parallel
+    beside = trainer_bytes(setting)
     static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory
+    if beside:
+        static = min(static, setting.gpu.memory - beside - RESERVED - setting.config.refit.bucket_mib * 2**20)
     tokens = max(0.0, (static - weights.total / tensor) / per_token)
     if servers.max_total_tokens is not None:
         tokens = min(tokens, servers.max_total_tokens)
     return Server(weights=weights, tensor=tensor, kv_bytes_per_token=per_token, kv_tokens=tokens)
+
+
+def trainer_bytes(setting: Setting) -> float:
+    """Return the memory that the trainer holds on a server's GPU while the server samples; 0: GPUs of its own."""
+    if not setting.is_colocated or setting.frees_trainer:
+        return 0.0
+    return sum(term.bytes for term in model_state(setting, largest_counts(setting)))
 
 
 def server_footprint(setting: Setting) -> Footprint:
@@ -82,6 +89,7 @@ def server_footprint(setting: Setting) -> Footprint:
                 why=f"{server.kv_tokens:,.0f} tokens × {server.kv_bytes_per_token / 1024:,.0f} KiB; "
                 f"{server.kv_tokens / longest:,.1f} of the longest sequences",
             ),
+            *_trainer_beside(setting),
             Term(name="refit bucket", bytes=cfg.refit.bucket_mib * 2.0**20, why="refit.bucket_mib"),
             Term(name="reserved", bytes=outside, why="driver, captured graphs, workspaces"),
         ),
@@ -90,15 +98,36 @@ def server_footprint(setting: Setting) -> Footprint:
     )
 
 
-def decode_step_s(setting: Setting, server: Server, batch: float) -> float:
-    """Return the seconds of one decoding step with ``batch`` running requests, in the middle of their responses."""
+def _trainer_beside(setting: Setting) -> list[Term]:
+    beside = trainer_bytes(setting)
+    return (
+        [Term(name="trainer", bytes=beside, why="weights, gradients and optimizer on the same GPU")] if beside else []
+    )
+
+
+def decode_step_s(setting: Setting, server: Server, batch: float, context: float | None = None) -> float:
+    """Return the seconds of one decoding step.
+
+    Args:
+        batch: running requests.
+        context: tokens that a request has on average. None: in the middle of a mean response.
+    """
     arch, gpu, tensor = setting.arch, setting.gpu, setting.config.rollout.servers.tensor_parallel
-    context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
+    constants = setting.constants
+    if context is None:
+        context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
     read = _weights_read(setting, server, batch) + batch * context * server.kv_bytes_per_token
     # Every token also goes through the output projection, which is not among the layers.
     work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
     reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)
-    return max(read / (gpu.hbm * HBM_EFFICIENCY), work / (gpu.bf16 * gpu.matmul)) + reduced + STEP_OVERHEAD_S
+    kernels = max(read / (gpu.hbm * constants.hbm), work / (gpu.bf16 * gpu.matmul))
+    return (
+        kernels
+        + reduced
+        + arch.num_layers * constants.decode_layer_s
+        + constants.scheduler_s
+        + batch * constants.request_s
+    )
 
 
 def prefill_s(setting: Setting, tokens: float) -> float:
@@ -119,7 +148,6 @@ def _weights_read(setting: Setting, server: Server, batch: float) -> float:
 def _allreduce_s(setting: Setting, size: float, tensor: int) -> float:
     if tensor == 1:
         return 0.0
-    is_one_node = tensor <= setting.gpus_per_node
-    rate = setting.gpu.nvlink if is_one_node else setting.gpu.network
-    latency = ALLREDUCE_S * (1 if is_one_node else math.log2(tensor / setting.gpus_per_node) + 1)
+    rate = setting.gpu.nvlink if tensor <= setting.gpus_per_node else setting.gpu.network
+    latency = ALLREDUCE_S if tensor <= setting.gpu.per_host else HOSTS_ALLREDUCE_S
     return latency + 2 * size * (tensor - 1) / tensor / rate

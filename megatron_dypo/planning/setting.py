@@ -12,9 +12,11 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.planning.constants import FITTED, Constants
 from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
 from megatron_dypo.planning.groups import MeanGroup, mean_group
+from megatron_dypo.planning.lengths import sequences_per_microbatch
 from megatron_dypo.types import Tier
 
 
@@ -44,6 +46,16 @@ class Setting:
     num_servers: int
     """Number of SGLang servers, each with ``rollout.servers.tensor_parallel`` GPUs."""
     assumed: Assumptions
+    constants: Constants = FITTED
+    frees_trainer: bool = False
+    """Whether the trainer's weights and optimizer leave the GPU while servers on it sample. Ours stay; other trainers'
+    leave."""
+    output_passes: int = 4
+    """Matmuls of the output layer in an update, in forward passes. Ours computes logits twice (``fused_logprobs``);
+    trainers that keep them need 3."""
+    balanced_output: bool = False
+    """Whether the last stage has fewer layers by as much as the output layer takes, in a layout that ``parallel``
+    cannot describe (interleaved, in some published runs)."""
     fused: bool = True
     """Whether layers are Transformer Engine's (see ``planning/activations.py``)."""
     on_gpu: bool = True
@@ -67,6 +79,16 @@ class Setting:
     def data(self) -> int:
         """Return the number of data-parallel replicas."""
         return self.mesh.data
+
+    @property
+    def is_colocated(self) -> bool:
+        """Return whether the servers are on the trainer's GPUs."""
+        return self.config.refit.offload_servers
+
+    @property
+    def gpus(self) -> int:
+        """Return the number of all GPUs."""
+        return self.trainer_gpus + (0 if self.is_colocated else self.rollout_gpus)
 
     @property
     def rollout_gpus(self) -> int:
@@ -106,6 +128,19 @@ class Setting:
         """Return the mean length of a sequence in an update."""
         return self.assumed.prompt_tokens + self.assumed.response_tokens
 
+    def microbatches_of(self, sequences: float) -> float:
+        """Return the number of microbatches of a replica in a pass over ``sequences`` sequences, for its time.
+
+        Unlike ``microbatches``, which counts the tokens of full microbatches, it leaves room where no sequence fits.
+        """
+        cfg, assumed = self.config, self.assumed
+        limit = max(cfg.rollout.max_new_tokens, assumed.response_tokens)
+        budget = cfg.batching.tokens_per_microbatch
+        each = sequences_per_microbatch(assumed.prompt_tokens, assumed.response_tokens, limit, budget)
+        count = max(1, math.ceil(sequences / self.data / each))
+        step = cfg.parallel.pipeline if cfg.parallel.virtual_pipeline else 1
+        return -(-count // step) * step
+
     @property
     def microbatches(self) -> int:
         """Return the number of microbatches of one update on a replica."""
@@ -123,18 +158,20 @@ def make_setting(
     gpus_per_node: int = 8,
     prompt_tokens: int | None = None,
     response_tokens: int | None = None,
+    arch: Architecture | None = None,
 ) -> Setting:
     """Return the setting of a config.
 
     Args:
         nodes: number of trainer nodes. None: ``parallel.num_processes`` GPUs, or the fewest that the axes allow.
         prompt_tokens, response_tokens: mean lengths. None: a quarter of the limits in the config.
+        arch: the model. None: that of ``<model.hf_path>/config.json``.
 
     Raises:
         ValueError: the model folder has no ``config.json``, or the layout does not suit the model, the GPUs or the FP8
             recipe.
     """
-    arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
+    arch, parallel, servers = arch or load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
     check_layout(arch, parallel)
     check_fp8_sizes(arch, parallel, config.model.fp8)
     asked = nodes * gpus_per_node if nodes else parallel.num_processes

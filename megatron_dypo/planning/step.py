@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.planning.memory import largest_counts, model_state, optimizer_bytes
 from megatron_dypo.planning.parameters import served_bytes
 from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.setting import Setting
@@ -12,8 +13,6 @@ from megatron_dypo.planning.training import PassTime, logprob_time, swap_time, u
 
 REFIT_S = 1.0
 """Seconds for pausing the servers, HTTP calls and flushing caches."""
-REFIT_EFFICIENCY = 0.5
-"""Share of a link's rate that refits reach."""
 DISK = 2e9
 """Bytes/s of a shared file system, for one writer."""
 
@@ -28,6 +27,12 @@ class StepTime:
     logprobs: float
     update: PassTime
     refit: float
+    switch: float
+    """Servers on the trainer's GPUs go to sleep and wake; weights and optimizer leave the GPU and return."""
+    checkpoint: float
+    """The share of a checkpoint."""
+    loop: float
+    """Data, grading, advantages and logs."""
     tokens: float
     """Tokens that enter the update."""
     generated: float
@@ -42,6 +47,11 @@ class StepTime:
         return self.logprobs + self.update.total
 
     @property
+    def common(self) -> float:
+        """Return the seconds in which trainer and servers are both stopped."""
+        return self.refit + self.switch + self.checkpoint + self.loop
+
+    @property
     def total(self) -> float:
         """Return the seconds of a step of the loop that the config asks for."""
         return self.overlapped if self.is_async else self.sequential
@@ -49,21 +59,21 @@ class StepTime:
     @property
     def sequential(self) -> float:
         """Return the seconds of a step whose parts run one after the other, as in the synchronous loop."""
-        return self.rollout + self.trainer + self.refit
+        return self.rollout + self.trainer + self.common
 
     @property
     def overlapped(self) -> float:
         """Return the seconds of a step that samples the next batch's rollouts during log-probs and update."""
-        return max(self.rollout, self.trainer) + self.refit
+        return max(self.rollout, self.trainer) + self.common
 
     @property
     def trainer_idle(self) -> float:
         """Return the share of ``total`` in which the trainer waits."""
-        return 1 - (self.trainer + self.refit) / self.total
+        return 1 - (self.trainer + self.common) / self.total
 
     @property
     def rollout_idle(self) -> float:
-        return 1 - (self.rollout + self.refit) / self.total
+        return 1 - (self.rollout + self.common) / self.total
 
 
 def step_time(setting: Setting) -> StepTime:
@@ -81,6 +91,9 @@ def step_time(setting: Setting) -> StepTime:
         logprobs=_logprobs(setting, prompts),
         update=update,
         refit=refit_time(setting) / updates,
+        switch=_switch_time(setting) / updates,
+        checkpoint=_checkpoint_time(setting),
+        loop=setting.constants.loop_s / updates,
         tokens=setting.sequences_per_update * setting.sequence_tokens,
         generated=prompts * setting.group.rollouts * setting.assumed.response_tokens,
         aborted=rounds * collected.aborted,
@@ -88,11 +101,18 @@ def step_time(setting: Setting) -> StepTime:
     )
 
 
+def trainer_seconds(setting: Setting) -> float:
+    """Return the seconds that depend on the trainer alone: log-probs, update, and a step's share of a checkpoint."""
+    batching = setting.config.batching
+    prompts = batching.prompts_per_update / setting.group.learned / batching.epochs_per_batch
+    return _logprobs(setting, prompts) + update_time(setting).total + _checkpoint_time(setting)
+
+
 def refit_time(setting: Setting) -> float:
     """Return the seconds of sending all weights to all servers; quantised weights are sent in FP8."""
     refit = setting.config.refit
     size, transport = served_bytes(setting.arch, setting.element, refit.quantize).total, refit.transport
-    rate = REFIT_EFFICIENCY * setting.gpu.network
+    rate = setting.constants.refit * setting.gpu.network
     if transport == "disk":
         return REFIT_S + 2 * size / DISK
     if transport == "broadcast":
@@ -100,6 +120,29 @@ def refit_time(setting: Setting) -> float:
         return REFIT_S + size / rate
     received = size / setting.config.rollout.servers.tensor_parallel
     return REFIT_S + max(received, size * setting.num_servers / setting.trainer_gpus) / rate
+
+
+def _switch_time(setting: Setting) -> float:
+    """Return the seconds of handing the GPUs over to servers on them, and back."""
+    if not setting.is_colocated:
+        return 0.0
+    moved = 0.0
+    if setting.frees_trainer:
+        state = model_state(setting, largest_counts(setting))
+        moved = 2 * sum(term.bytes for term in state if term.name != "gradients")
+    return setting.constants.switch_s + moved / setting.gpu.pcie
+
+
+def _checkpoint_time(setting: Setting) -> float:
+    """Return a step's share of the seconds in which a checkpoint stops the run, each node writing its part."""
+    cfg = setting.config
+    if not cfg.checkpoint.every:
+        return 0.0
+    shards = setting.trainer_gpus / setting.data / cfg.parallel.context
+    size = largest_counts(setting).total * (setting.element + optimizer_bytes(cfg, setting.element)) * shards
+    nodes = max(1.0, setting.trainer_gpus / setting.gpus_per_node)
+    seconds = size / (nodes * DISK)
+    return (0.1 if cfg.checkpoint.async_save else 1.0) * seconds / cfg.checkpoint.every
 
 
 def reads_reference(setting: Setting) -> bool:

@@ -7,8 +7,11 @@ layer (Korthikanti et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3)
 - tensor: four all-gathers or reduce-scatters of T·H elements in the forward pass and four in the backward pass; with
   sequence parallelism two more, one for each of the two inputs. Each moves (t − 1)/t of T·H elements a rank.
 - context: keys and values go round the ring once forward and, with their gradients, twice backward.
-- expert: a token's hidden state goes to its experts and back, forward and backward.
+- expert: a token's hidden state goes to its experts and back, forward and backward. Ranks of the same node exchange
+  over NVLink, at the same time as others over the network.
 - pipeline: sending hidden states between stages, the bubble, and waiting for the stage with the most layers.
+- launches: a layer takes at least the seconds in which the host launches it for a microbatch, whatever its size
+  (``constants.py``).
 - data: gradients in fp32 once an update, and parameters back if the optimizer is distributed.
 
 FP8 speeds up linear layers and their recomputation (``planning/fp8.py``, ``devices.FP8_SHARE``). With ``param_gather``
@@ -20,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.models.flops import SequenceCost, sequence_cost
-from megatron_dypo.planning.fp8 import fp8_flops
+from megatron_dypo.planning.fp8 import expert_share, fp8_flops
 from megatron_dypo.planning.memory import largest_counts
 from megatron_dypo.planning.parameters import Counts
 from megatron_dypo.planning.schedule import pipeline_seconds
@@ -32,7 +35,8 @@ BUCKET = 40_000_000
 HOP_S = 10e-6
 """Latency of one step of a ring between nodes."""
 RING_EXPOSED = 0.25
-"""Share of context-parallel traffic that attention does not hide."""
+"""Share of context-parallel traffic that attention does not hide, and of tensor-parallel traffic that matmuls do not
+hide under ``tp_comm_overlap``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class PassTime:
     tensor: float
     context: float
     expert: float
+    launches: float
+    """The GPU waits for the host, whose launches of a layer take longer than the layer."""
     pipeline: float
     """The bubble, waiting for the slowest stage, and sending hidden states."""
     data: float = 0.0
@@ -87,12 +93,25 @@ def _flops(setting: Setting, cost: SequenceCost) -> float:
     return cost(setting.sequence_tokens, setting.assumed.response_tokens)
 
 
-def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
-    """Return the seconds of the matmuls of ``sequences`` sequences, spread over all GPUs."""
-    flops = _flops(setting, cost) * sequences
-    in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * cost.linear * setting.sequence_tokens * sequences
-    flops -= in_fp8 * (1 - 1 / setting.gpu.fp8_gain)
-    return flops / setting.trainer_gpus / (setting.gpu.bf16 * setting.gpu.matmul)
+def _layer_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
+    """Return the seconds of the matmuls of all layers for ``sequences`` sequences, spread over all GPUs."""
+    linear = cost.linear * setting.sequence_tokens
+    slower = 1 / setting.constants.expert_matmul - 1
+    in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * (1 - 1 / setting.gpu.fp8_gain)
+    flops = linear * (1 + expert_share(setting.arch) * slower) * (1 - in_fp8)
+    flops += cost.quadratic * setting.sequence_tokens**2
+    return flops * sequences / setting.trainer_gpus / _rate(setting)
+
+
+def _output_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
+    """Return the seconds of the output projection, spread over the GPUs of the last stage."""
+    flops = cost.response * setting.assumed.response_tokens * sequences * setting.output_passes / 4
+    return flops * setting.config.parallel.pipeline / setting.trainer_gpus / _rate(setting)
+
+
+def _rate(setting: Setting) -> float:
+    """Return the FLOP/s that a GPU reaches in bf16."""
+    return setting.gpu.bf16 * setting.gpu.matmul * setting.constants.matmul
 
 
 def pass_time(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
@@ -104,27 +123,33 @@ def pass_time(setting: Setting, cost: SequenceCost, sequences: float, passes: in
     parallel, arch = setting.config.parallel, setting.arch
     tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
     hidden = tokens * arch.hidden_size * setting.element
-    compute = _compute_seconds(setting, cost, sequences)
+    layer_compute, output = (seconds(setting, cost, sequences) for seconds in (_layer_seconds, _output_seconds))
     layers = arch.num_layers / parallel.pipeline
     tensor = layers * _tensor_seconds(setting, hidden, passes, is_update)
     context = layers * _context_seconds(setting, tokens, is_update)
-    expert = layers * _expert_seconds(setting, hidden, is_update)
-    busy = compute + tensor + context + expert
-    whole = pipeline_seconds(
-        [busy * count / layers for count in setting.mesh.stage_layers(arch.num_layers)],
-        virtual_pipeline=setting.mesh.virtual_pipeline,
-        microbatches=setting.microbatches,
-    )
+    expert = layers * _expert_seconds(setting, hidden, passes, layer_compute / layers)
+    microbatches = setting.microbatches_of(sequences)
+    on_gpu = layer_compute + tensor + context + expert
+    launches = max(0.0, layers * microbatches * passes * _launch_s(setting) - on_gpu)
+    busy = on_gpu + launches
+    stages = [busy * count / layers for count in setting.mesh.stage_layers(arch.num_layers)]
+    if setting.balanced_output:
+        stages = [stage + output / parallel.pipeline for stage in stages]
+    else:
+        stages[-1] += output
+    whole = pipeline_seconds(stages, virtual_pipeline=setting.mesh.virtual_pipeline, microbatches=microbatches)
+    compute = layer_compute + output / parallel.pipeline
     sent = 0.0
     if parallel.pipeline > 1:
         sent = (2 if is_update else 1) * hidden / parallel.tensor / (LINK_EFFICIENCY * setting.gpu.network)
-    data, optimizer = _once(setting) if is_update else (0.0, 0.0)
+    data, optimizer = _once(setting, busy / microbatches) if is_update else (0.0, 0.0)
     return PassTime(
         compute=compute,
         tensor=tensor,
         context=context,
         expert=expert,
-        pipeline=whole - busy + sent,
+        launches=launches,
+        pipeline=whole - busy - output / parallel.pipeline + sent,
         data=data,
         optimizer=optimizer,
     )
@@ -140,7 +165,8 @@ def _tensor_seconds(setting: Setting, hidden: float, passes: int, is_update: boo
     parallel = setting.config.parallel
     calls = 8 + 2 * parallel.sequence if is_update else 4
     calls += 4 * (passes == 4)  # the recomputed forward pass
-    return calls * hidden * (parallel.tensor - 1) / parallel.tensor / _link(setting, parallel.tensor)
+    shown = RING_EXPOSED if setting.config.model.megatron.get("tp_comm_overlap", False) else 1.0
+    return shown * calls * hidden * (parallel.tensor - 1) / parallel.tensor / _link(setting, parallel.tensor)
 
 
 def _context_seconds(setting: Setting, tokens: float, is_update: bool) -> float:
@@ -150,27 +176,55 @@ def _context_seconds(setting: Setting, tokens: float, is_update: bool) -> float:
     return RING_EXPOSED * rounds * kv / _link(setting, parallel.tensor * parallel.context)
 
 
-def _expert_seconds(setting: Setting, hidden: float, is_update: bool) -> float:
+def _launch_s(setting: Setting) -> float:
+    constants = setting.constants
+    if setting.arch.experts is None:
+        return constants.dense_layer_s
+    is_alltoall = setting.config.parallel.expert_dispatcher == "alltoall"
+    return constants.expert_layer_s if is_alltoall else constants.fused_expert_layer_s
+
+
+def _expert_seconds(setting: Setting, hidden: float, passes: int, compute: float) -> float:
+    """Return the seconds of one layer's exchange of tokens between experts that nothing hides.
+
+    Args:
+        hidden: bytes of all hidden states.
+        passes: a forward pass and the recomputed one exchange twice, a backward pass too (and counts as two passes).
+        compute: seconds of the layer's matmuls, which hide the exchange if Megatron overlaps them.
+    """
     experts, parallel = setting.arch.experts, setting.config.parallel
-    if experts is None:
+    if experts is None or parallel.expert == 1:
         return 0.0
-    moved = hidden / parallel.tensor * experts.per_token * (parallel.expert - 1) / parallel.expert
-    return (4 if is_update else 2) * moved / _link(setting, parallel.expert)
+    moved = hidden / parallel.tensor * experts.per_token
+    near = min(parallel.expert, max(1, setting.gpus_per_node // parallel.expert_tensor))
+    inside = moved * (near - 1) / parallel.expert / (LINK_EFFICIENCY * setting.gpu.nvlink)
+    nodes = parallel.expert / near
+    copies = (nodes - 1) / nodes
+    if parallel.expert_dispatcher != "alltoall":  # a token goes once to each other node that has an expert for it
+        copies = min(copies, (nodes - 1) * (1 - (1 - 1 / nodes) ** experts.per_token) / experts.per_token)
+    outside = moved * copies / (LINK_EFFICIENCY * setting.gpu.network)
+    exchange = {1: 2, 3: 4, 4: 6}[passes] * max(inside, outside)
+    is_hidden = bool(parallel.megatron.get("overlap_moe_expert_parallel_comm", False))
+    return max(0.0, exchange - compute) if is_hidden else exchange
 
 
-def _once(setting: Setting) -> tuple[float, float]:
-    """Return the seconds of reducing gradients over the replicas, and of reading and writing the optimizer's state."""
+def _once(setting: Setting, microbatch: float) -> tuple[float, float]:
+    """Return the seconds of reducing gradients over the replicas that nothing hides, and of reading and writing the
+    optimizer's state; ``microbatch``: seconds of one, whose backward pass hides a reduction that overlaps it."""
     cfg, counts = setting.config, largest_counts(setting)
     ranks = setting.data * cfg.parallel.context
+    copies = setting.mesh.stage_size // setting.mesh.expert_ranks
     gathered = _gathered_bytes(setting, counts)
-    moved = (counts.total * 4 + (gathered if cfg.optimizer.distributed else counts.total * 4)) * (ranks - 1) / ranks
+    share = (counts.dense * (ranks - 1) / ranks + counts.experts * (copies - 1) / copies) / counts.total
+    moved = (counts.total * 4 + (gathered if cfg.optimizer.distributed else counts.total * 4)) * share
     shards = ranks if cfg.optimizer.distributed else 1
     # The gradient, the main parameter and two moments are read; the last three and the parameter are written.
     touched = (counts.total * (4 * 4 + 3 * 4) + gathered) / shards
     # Megatron's buckets grow to a million parameters for each rank, so the hops do not grow with many ranks.
     hops = 2 * (ranks - 1) * max(1.0, counts.total / max(BUCKET, 1_000_000 * ranks))
     reduced = moved / _link(setting, setting.mesh.stage_size) + hops * HOP_S
-    return reduced, touched / setting.gpu.hbm
+    hidden = microbatch * (2 * cfg.optimizer.overlap_grad_reduce + cfg.optimizer.overlap_param_gather) / 3
+    return max(0.0, reduced - hidden), touched / setting.gpu.hbm
 
 
 def _gathered_bytes(setting: Setting, counts: Counts) -> float:

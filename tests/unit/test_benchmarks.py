@@ -18,6 +18,8 @@ LAST_LINES = {
     },
     "step_overhead": {"time_vs_sft", "memory_vs_sft", "memory_k64_vs_k4"},
     "memory_model": {"parameters", "gradients", "optimizer", "activations", "peak"},
+    "plan_fit": {"step_median", "step_worst", "update_median", "update_worst"},
+    "plan_search": {"search_70b_s", "search_235b_s"},
     "refit": {"bandwidth_vs_raw", "time_vs_broadcast", "time_vs_broadcast_2_servers"},
     "interval_coverage": {"coverage_3_or_more_seeds", "coverage_2_seeds"},
     "probe": {"time_vs_updates", "memory_256_vs_32"},
@@ -33,7 +35,7 @@ LAST_LINES = {
     },
 }
 """Benchmark → the names on its last line."""
-CHEAP = ("packing",)
+CHEAP = ("packing", "plan_fit")
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,9 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.device import compute_capability, memory_bytes
+from megatron_dypo.parallel.device import compute_capability, device_name, memory_bytes
 from megatron_dypo.parallel.groups import MeshRank, close
+from megatron_dypo.planning.announcement import announce_plan
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.processes.watchdog import mark
 
@@ -80,6 +82,12 @@ def open_run(config: Config) -> Iterator[Run]:
         writer: Writer = NoWriter()
         if layout.is_global_leader:
             write_config(config)  # only now: if a resume is refused, the config of the run stays
+            announce_plan(
+                config,
+                device=device_name(),
+                trainer_gpus=layout.world_size,
+                gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size)),
+            )
             writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)

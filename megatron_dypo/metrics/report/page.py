@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.goodput import measure_goodput
+from megatron_dypo.metrics.planned import compare_with_plan, read_planned
 from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 from megatron_dypo.metrics.report.plots import Plot, build_plots
 from megatron_dypo.metrics.report.probes import probe_plots, read_probes, verdict_rows
@@ -32,7 +33,7 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
     """Write the report of a run, all of it or nothing, and return its path.
 
     Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``probe/``, ``summary.json``, ``config.yaml``,
-    ``versions.json``, ``status.json`` and ``attempts.jsonl``.
+    ``versions.json``, ``planned.json``, ``status.json`` and ``attempts.jsonl``.
 
     Args:
         out: the page; None: ``run_dir/report.html``.
@@ -42,7 +43,7 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
         ValueError: the folder is not a run's, or one of these files is damaged.
     """
     records, probes = read_records(run_dir), read_probes(run_dir)
-    ending, goodput = read_status_text(run_dir), measure_goodput(run_dir)
+    ending, goodput, planned = read_status_text(run_dir), measure_goodput(run_dir), read_planned(run_dir)
     page = render_template(
         "page.html.j2",
         title=run_dir.resolve().name,
@@ -58,6 +59,8 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
         versions=_read_json(run_dir / VERSIONS_FILE),
         config=_read_text(run_dir / CONFIG_FILE),
         plots=[*build_plots(records, read_declared(run_dir)), *probe_plots(probes)],
+        planned=planned,
+        compared=compare_with_plan(planned, records) if planned else [],
         probe=({"step": probes[-1]["step"], "verdicts": verdict_rows(probes[-1])} if probes else None),
         samples=select_samples(run_dir),
     )

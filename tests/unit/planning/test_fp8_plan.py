@@ -56,7 +56,8 @@ def test_an_fp8_update_is_as_fast_as_published_within_15_percent(name):
     setting = pretraining(arch, parallel, gpus=gpus, batch=batch, row_sequences=row_sequences, length=8192)
     model = dataclasses.replace(setting.config.model, fp8=Fp8Config(recipe=recipe))
     config = dataclasses.replace(setting.config, model=model, optimizer=OptimizerConfig(distributed=True))
-    setting = dataclasses.replace(setting, config=config, gpu=find_gpu(gpu))
+    # The published layout of 70B has fewer layers on the last stage, and logits are computed once.
+    setting = dataclasses.replace(setting, config=config, gpu=find_gpu(gpu), balanced_output=True, output_passes=3)
     assert batch * 8192 / update_time(setting).total / gpus == pytest.approx(published, rel=0.15)
 
 
@@ -96,7 +97,7 @@ def test_scores_and_output_projection_stay_in_bf16():
     setting = small(Fp8Config(recipe="tensorwise"))
     saved = update_time(small()).compute - update_time(setting).compute
     tokens = 64 * 2048
-    seconds = 6 * LINEAR * tokens / 8 / (setting.gpu.bf16 * setting.gpu.matmul)
+    seconds = 6 * LINEAR * tokens / 8 / (setting.gpu.bf16 * setting.gpu.matmul * setting.constants.matmul)
     assert saved == pytest.approx(seconds * (1 - 1 / setting.gpu.fp8_gain))
 
 

@@ -31,7 +31,7 @@ PLAN = ["plan", "examples/llama3_70b/config.yaml", MODEL, "--nodes", "8"]
 
 
 def seconds_of_a_step(plan: str) -> float:
-    (found,) = re.findall(r"synchronous .*: ([0-9.]+) s a step", plan)
+    (found,) = re.findall(r"synchronous .*: ([0-9.]+) s \(.*\) a step", plan)
     return float(found)
 
 
