@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.words import counted
@@ -154,17 +156,22 @@ class SGLangClient(HttpClient):
             await asyncio.sleep(_WATCH_EVERY_S)
 
     def _parse(self, sampling: Sampling, url: str, answer: Answer) -> tuple[Rollout, ...]:
+        with contextlib.suppress(IncompleteGroupError, WrongVersionError):
+            return self._rollouts(answer.columns, sampling)
+        payload = answer.payload  # as the server wrote it, for the message and the counts
         try:
-            return parse_group(
-                answer.payload, sampling, self.decode, versions=self._upstream.versions, vocab_size=self._vocab_size
-            )
+            return self._rollouts(payload, sampling)
         except IncompleteGroupError as error:
-            self.count_dropped(answer.payload)
+            self.count_dropped(payload)
             raise AttemptError(without_key(f"{error}; {answer.shown}", self._api_key)) from error
         except WrongVersionError as error:
-            self.count_dropped(answer.payload)
+            self.count_dropped(payload)
             self.wrong_versions += sampling.n
             message = without_key(str(error), self._api_key)
             warn_often(_log, "dropped %s of %s: %s", counted(sampling.n, "rollout"), url, message)
             kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
             raise kind(f"{url}: {message}") from error
+
+    def _rollouts(self, payload: Any, sampling: Sampling) -> tuple[Rollout, ...]:
+        versions = self._upstream.versions
+        return parse_group(payload, sampling, self.decode, versions=versions, vocab_size=self._vocab_size)
