@@ -136,7 +136,7 @@ class SGLangClient(HttpClient):
                 refuses the request for good (HTTP 400, 413, 422), for example a prompt beyond its context length.
             NoServerError: no server is left to ask.
         """
-        body = json.dumps(request_body(prompt_tokens, sampling)).encode()
+        body = functools.partial(_body, prompt_tokens, sampling)
         parse = functools.partial(self._parse, sampling)
         return await self.exchange("/generate", body, max_bytes=sampling.max_answer_bytes, parse=parse)
 
@@ -175,3 +175,7 @@ class SGLangClient(HttpClient):
     def _rollouts(self, payload: Any, sampling: Sampling) -> tuple[Rollout, ...]:
         versions = self._upstream.versions
         return parse_group(payload, sampling, self.decode, versions=versions, vocab_size=self._vocab_size)
+
+
+def _body(prompt_tokens: Tokens, sampling: Sampling) -> bytes:
+    return json.dumps(request_body(prompt_tokens, sampling)).encode()

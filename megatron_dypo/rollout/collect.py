@@ -15,6 +15,7 @@ from typing import TypeAlias
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.metrics.progress import progress as progress_bar
+from megatron_dypo.processes.garbage import only_short_collections
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.processes.watchdog import WORK, mark
 from megatron_dypo.rollout.attempts import GroupDroppedError
@@ -116,7 +117,8 @@ def collect(
                 on_group(group)
             return group
 
-        outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
+        with only_short_collections():
+            outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     return groups, _stats(prompts, outcomes, client.counts(), time.monotonic() - start)
 

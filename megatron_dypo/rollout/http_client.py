@@ -26,6 +26,7 @@ from megatron_dypo.rollout.attempts import Attempts
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.counts import AttemptCounts
 from megatron_dypo.rollout.reader import AnswerReader
+from megatron_dypo.rollout.starts import Starts
 
 T = TypeVar("T")
 T_Client = TypeVar("T_Client", bound="HttpClient")
@@ -67,6 +68,7 @@ class HttpClient(AttemptCounts):
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
         self._reader: AnswerReader | None = None
+        self._starts = Starts()
         self._has_said_lack = False
 
     @property
@@ -78,7 +80,7 @@ class HttpClient(AttemptCounts):
         self._reset_counts()
         self._has_said_lack = False
         self._slots = asyncio.Semaphore(self._limits.max_in_flight)
-        self._reader = AnswerReader()
+        self._reader, self._starts = AnswerReader(), Starts()
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
@@ -96,11 +98,14 @@ class HttpClient(AttemptCounts):
         self._reader.close()
         self._session = self._slots = self._reader = None
 
-    async def exchange(self, path: str, body: bytes, *, max_bytes: int, parse: Callable[[str, Answer], T]) -> T:
-        """POST ``body`` until an answer is usable; return the result of ``parse``.
+    async def exchange(
+        self, path: str, make_body: Callable[[], bytes], *, max_bytes: int, parse: Callable[[str, Answer], T]
+    ) -> T:
+        """POST a body until an answer is usable; return the result of ``parse``.
 
         Args:
             path: path on the chosen server.
+            make_body: called once, when the request may begin: many bodies take time and memory.
             max_bytes: a longer answer is cut off.
             parse: (URL of the server, answer) → the result; it raises :class:`AskError` for an unusable answer. A
                 large answer is parsed in a thread, one at a time.
@@ -115,6 +120,8 @@ class HttpClient(AttemptCounts):
         assert self._reader is not None
         async with self._slots:
             await self.turn()
+            await self._starts.turn()
+            body = make_body()
             attempts = Attempts(
                 retries=self._limits.retries,
                 deadline_s=self._limits.request_deadline_s,
@@ -143,6 +150,7 @@ class HttpClient(AttemptCounts):
                         self.retries += not isinstance(error, OwnLackError)
                 await asyncio.sleep(pause_s)
                 await self.turn()
+                await self._starts.turn()
 
     async def turn(self) -> None:
         """Wait until an attempt may begin: at once, unless a subclass limits their rate."""
