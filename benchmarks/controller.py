@@ -108,7 +108,8 @@ def measured(setting: Setting, rounds: int) -> dict[str, list[dict[str, Any]]]:
                 print(
                     f"{setting.name}: {client:>7}: {one['groups_per_s']:.1f} groups/s, "
                     f"{one['cpu_ms']:.2f} ms a rollout, lag {one['lag_p50_ms']:.1f}, {one['lag_p99_ms']:.0f}, "
-                    f"{one['lag_max_ms']:.0f} ms (idle {one['idle_p99_ms']:.0f}), longest step {one['step_ms']:.1f} ms, {one['peak_mib']:.0f} MiB",
+                    f"{one['lag_max_ms']:.0f} ms (idle {one['idle_p99_ms']:.0f}), "
+                    f"longest step {one['step_ms']:.1f} ms, {one['peak_mib']:.0f} MiB",
                     flush=True,
                 )
     return found
