@@ -8,10 +8,10 @@ kinds of leaders ask them in turn, each in a process of its own:
 - ``columns``: the product's client, which cuts tokens and log-probs out of the bytes and converts them in a thread;
 - ``lists``: the same client with ``json.loads`` and a check of each number, both in the event loop.
 
-``few`` asks for 16 groups at once, with k = 8 and 32, without and with the text of the rollouts (decoded by a
-tokenizer). ``many`` asks 64 servers for 4,096 groups at once. The servers hold all requests until each of them has its
-64, then answer as fast as the leader reads; the leader ends when it has packed 128 groups. So all other requests stay
-open while it is measured.
+``few`` asks for 512 rollouts at once, in groups of k = 8 and 32, without and with the text of the rollouts (decoded by
+a tokenizer). ``many`` asks 64 servers for 4,096 groups at once. The servers hold all requests until each has 60, then
+all together answer 8 groups, half a million tokens, a second; the leader ends when it has packed 128 groups. So
+all other requests stay open while it is measured, and its processor time has a part for each of them.
 
 Printed for each round: groups a second; processor time of the leader for a rollout, all its threads, from the socket to
 a packed microbatch; the lag of the event loop, its median, 99th percentile and maximum; the processor time of the
@@ -51,6 +51,8 @@ class Setting:
     answers: int
     k: int
     tokens: int
+    gap_ms: int = 0
+    """Mean time between two answers of a server."""
     text: bool = False
 
     @property
@@ -75,8 +77,8 @@ def stubs(setting: Setting) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         urls: list[str] = []
         for seed in range(setting.processes):
-            hold = setting.prompts // setting.servers
-            given = flags(servers=own, k=setting.k, tokens=setting.tokens, hold=hold, seed=seed)
+            hold = max(setting.prompts // setting.servers * 15 // 16, 1)  # a connection that failed may go elsewhere
+            given = flags(servers=own, k=setting.k, tokens=setting.tokens, hold=hold, gap_ms=setting.gap_ms, seed=seed)
             process = stack.enter_context(start("controller_servers.py", given))
             assert process.stdin is not None
             assert process.stdout is not None
@@ -131,13 +133,19 @@ def main() -> None:
     measure.print_header()
     rounds, tokens, many = (1, 600, 64) if options.smoke else (options.rounds, 8192, 4096)
     few = [
-        Setting(servers=8, processes=2, prompts=16, answers=16, k=k, tokens=tokens, text=text)
+        Setting(servers=8, processes=2, prompts=512 // k, answers=512 // k, k=k, tokens=tokens, text=text)
         for k in (8, 32)
         for text in (False, True)
     ]
     by_few = {setting: measured(setting, rounds) for setting in few}
     crowd = Setting(
-        servers=64 if many > 64 else 8, processes=4, prompts=many, answers=max(many // 32, 16), k=8, tokens=tokens
+        servers=8 if options.smoke else 64,
+        processes=4,
+        prompts=many,
+        answers=max(many // 32, 16),
+        k=8,
+        tokens=tokens,
+        gap_ms=10 if options.smoke else 8000,
     )
     by_many = measured(crowd, min(rounds, 2))
     steps = [one["step_ms"] for found in (*by_few.values(), by_many) for one in found["columns"]]

@@ -81,9 +81,8 @@ async def watch_lag(lags: list[float]) -> None:
         lags.append(time.perf_counter() - start - EVERY_S)
 
 
-def packed(rollouts: tuple[Rollout, ...], order: int) -> int:
-    """Pack each rollout into a microbatch of its own; return the number of tokens."""
-    total = 0
+def packed(rollouts: tuple[Rollout, ...], order: int) -> None:
+    """Pack each rollout into a microbatch of its own."""
     for member, rollout in enumerate(rollouts):
         sample = Sample(
             order=order,
@@ -95,8 +94,7 @@ def packed(rollouts: tuple[Rollout, ...], order: int) -> int:
             policy_version=rollout.policy_version,
             rollout_logp=rollout.logp,
         )
-        total += len(pack([sample], [0], len(sample.tokens), streams=()).tokens_T)
-    return total
+        pack([sample], [0], len(sample.tokens), streams=())
 
 
 def text_of(is_decoded: bool) -> Callable[[Tokens], str]:
@@ -112,32 +110,30 @@ def text_of(is_decoded: bool) -> Callable[[Tokens], str]:
 
 
 async def lead(client: SGLangClient, prompts: int, answers: int, sampling: Sampling) -> dict[str, Any]:
-    """Ask for ``prompts`` groups at once; end when ``answers`` of them are packed.
-
-    Lag and steps are those of the whole time. The rest is measured from the first packed group on, so that it has no
-    time in which requests are sent.
-    """
+    """Ask for ``prompts`` groups at once; end when ``answers`` of them are packed."""
     lags: list[float] = []
-    counts = {"groups": 0, "tokens": 0}
-    has_begun, is_over = asyncio.Event(), asyncio.Event()
+    groups = 0
+    is_over = asyncio.Event()
 
     async def one(order: int) -> None:
+        nonlocal groups
         rollouts = await client.generate(np.append(PROMPT, order).astype(np.int32), sampling)
-        counts["tokens"] += packed(rollouts, order)
-        counts["groups"] += 1
-        has_begun.set()
-        if counts["groups"] >= answers:
+        await asyncio.to_thread(packed, rollouts, order)  # the trainer's thread packs them
+        groups += 1
+        if groups >= answers:
             is_over.set()
 
     async with client:
         with Steps() as steps:
             lag = asyncio.create_task(watch_lag(lags))
-            tasks = [asyncio.create_task(one(order)) for order in range(prompts)]
-            await has_begun.wait()
-            first, start, start_cpu = counts["groups"], time.perf_counter(), time.process_time()
+            start, start_cpu = time.perf_counter(), time.process_time()
+            tasks = []
+            for order in range(prompts):  # as collect() does
+                tasks.append(asyncio.create_task(one(order)))
+                if order % 64 == 63:
+                    await asyncio.sleep(0)
             await is_over.wait()
             seconds, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
-            groups = counts["groups"] - first
         for task in (*tasks, lag):
             task.cancel()
         await asyncio.gather(*tasks, lag, return_exceptions=True)
@@ -178,7 +174,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     client = CLIENTS[options.client](
         json.loads(options.urls),
         None,
-        cfg=RolloutConfig(max_new_tokens=options.tokens, max_in_flight=options.prompts, retries=0),
+        cfg=RolloutConfig(max_new_tokens=options.tokens, max_in_flight=options.prompts, retries=100),
         decode=text_of(options.text),
         stop_token_ids=(STOP,),
         vocab_size=20_000,

@@ -1,9 +1,9 @@
 """Stub servers of ``controller.py``: each answers ``/generate`` with a whole group, as SGLang writes it.
 
-    python benchmarks/controller_servers.py --servers 16 --k 8 --tokens 8192 --hold 64
+    python benchmarks/controller_servers.py --servers 16 --k 8 --tokens 8192 --hold 64 --gap_ms 8000
 
 The first line of the output has the URLs. A server holds requests until ``--hold`` of them are open, then it answers
-them one after the other, and each later one as it comes. The process ends with its standard input.
+them and all later ones one after the other, with ``--gap_ms`` in between. The process ends with its standard input.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import random
 import sys
 
 import numpy as np
@@ -45,9 +46,9 @@ def make_answer(k: int, tokens: int, seed: int) -> bytes:
 class Stub:
     """One server. It sends one answer at a time, like a server whose network is busy."""
 
-    def __init__(self, answer: bytes, hold: int) -> None:
+    def __init__(self, answer: bytes, hold: int, gap_s: float) -> None:
         self._head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer)
-        self._answer, self._hold = memoryview(answer), hold
+        self._answer, self._hold, self._gap_s = memoryview(answer), hold, gap_s
         self._open = 0
         self._may_begin = asyncio.Event()
         self._sending = asyncio.Semaphore(1)
@@ -63,6 +64,7 @@ class Stub:
                         self._may_begin.set()
                     await self._may_begin.wait()
                     async with self._sending:
+                        await asyncio.sleep(self._gap_s * random.uniform(0.5, 1.5))
                         await self._send(writer)
                 finally:
                     self._open -= 1
@@ -83,14 +85,14 @@ class Stub:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("servers", "k", "tokens", "hold", "seed"):
+    for name in ("servers", "k", "tokens", "hold", "gap_ms", "seed"):
         parser.add_argument(f"--{name}", type=int, default=0)
     options = parser.parse_args()
     answer = make_answer(options.k, options.tokens, options.seed)
     urls = []
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(options.servers):
-            stub = Stub(answer, options.hold)
+            stub = Stub(answer, options.hold, options.gap_ms / 1e3)
             server = await asyncio.start_server(stub.serve, "127.0.0.1", 0, backlog=4096)
             await stack.enter_async_context(server)
             urls.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
