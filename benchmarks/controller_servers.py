@@ -49,12 +49,21 @@ class Stub:
     def __init__(self, answer: bytes, hold: int, gap_s: float) -> None:
         self._head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer)
         self._answer, self._hold, self._gap_s = memoryview(answer), hold, gap_s
-        self._open = 0
+        self._open = self._connections = 0
         self._may_begin = asyncio.Event()
         self._sending = asyncio.Semaphore(1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection."""
+        self._connections += 1
+        try:
+            await self._serve(reader, writer)
+        finally:
+            self._connections -= 1
+            if not self._connections:  # the next leader comes
+                self._may_begin.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
             while True:
                 await self._take(reader)
@@ -68,8 +77,6 @@ class Stub:
                         await self._send(writer)
                 finally:
                     self._open -= 1
-                    if not self._open:
-                        self._may_begin.clear()
 
     async def _take(self, reader: asyncio.StreamReader) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
