@@ -73,6 +73,8 @@ class Stub:
                         self._may_begin.set()
                     await self._may_begin.wait()
                     async with self._sending:
+                        if reader.at_eof():  # the leader has ended
+                            return
                         await asyncio.sleep(self._gap_s * random.uniform(0.5, 1.5))
                         await self._send(writer)
                 finally:
