@@ -32,6 +32,7 @@ from megatron_dypo.loop.journal.journal import Journal
 from megatron_dypo.loop.journal.records import Start, dump
 from megatron_dypo.loop.journal.weights import Weights, weights_digest
 from megatron_dypo.loop.journal.writer import SegmentWriter
+from megatron_dypo.rollout.columns import read_columns
 from megatron_dypo.rollout.responses import parse_group
 from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Tier, Tokens, Verdict
@@ -63,7 +64,7 @@ def make_answers(groups: int, tokens: int) -> list[bytes]:
                     },
                 }
             )
-        answers.append(json.dumps(outputs).encode())
+        answers.append(json.dumps(outputs, separators=(",", ":")).encode())
     return answers
 
 
@@ -80,7 +81,7 @@ def parse(answers: list[bytes], tokens: int) -> list[RolloutGroup]:
             answer="",
             source="",
         )
-        rollouts = parse_group(json.loads(answer), sampling, no_text, versions=[3])
+        rollouts = parse_group(read_columns(answer), sampling, no_text, versions=[3])
         groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
     return groups
 

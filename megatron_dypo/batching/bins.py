@@ -10,6 +10,11 @@ import heapq
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
+
+_ONE_BY_ONE = 16
+"""Items for each bin that are placed one by one before the rest is dealt."""
 _TRIES = 16
 """Number of lightest bins that are tried before the emptiest one."""
 
@@ -44,6 +49,27 @@ def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
         bins[slot].append(index)
         heapq.heapreplace(loads, (load + costs[index], slot))
     return bins
+
+
+def dealt_bins(costs: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """Return the bin of each item, for ``count`` bins of roughly equal cost, in time for very many items.
+
+    The largest items go one by one into the lightest bin, as in :func:`bins_balanced`, 16 for each bin. The rest is
+    dealt in blocks: of each ``count`` next items the largest goes into the lightest bin, the next into the second.
+    """
+    order = np.argsort(-costs, kind="stable")
+    first = order[: _ONE_BY_ONE * count]
+    bin_of = np.empty(len(costs), np.int64)
+    loads = np.zeros(count)
+    for slot, members in enumerate(bins_balanced(costs[first].tolist(), count)):
+        bin_of[first[members]] = slot
+        loads[slot] = costs[first[members]].sum()
+    for start in range(len(first), len(order), count):
+        items = order[start : start + count]
+        lightest = np.argsort(loads, kind="stable")[: len(items)]
+        bin_of[items] = lightest
+        loads[lightest] += costs[items]
+    return bin_of
 
 
 def bins_within(costs: Sequence[float], sizes: Sequence[int], *, count: int, capacity: int) -> list[list[int]] | None:

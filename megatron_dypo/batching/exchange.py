@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.bins import bins_balanced
+from megatron_dypo.batching.bins import dealt_bins
 from megatron_dypo.batching.wire import dump_samples, load_samples, without_routes
 from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.rollout.routes import allocate
@@ -101,8 +101,8 @@ def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[
     Replicas get roughly equal costs, not equal numbers of samples.
     """
     listing = sorted(work)
-    bins = bins_balanced([cost for *_, cost in listing], replicas)
-    return {listing[i][:2]: replica for replica, members in enumerate(bins) for i in members}
+    bin_of = dealt_bins(np.array([cost for *_, cost in listing], np.float64), replicas).tolist()
+    return {(order, member): replica for (order, member, _), replica in zip(listing, bin_of, strict=True)}
 
 
 def broadcast_samples(samples: Sequence[Sample] | None, replica: dist.ProcessGroup) -> list[Sample]:

@@ -50,7 +50,13 @@ class PromptDataset:
         columns = columns_of(data.format, data.fields)
         if held_out:
             columns = dataclasses.replace(columns, traces=(), trace_checks=())
-        self._source = RowSource(paths, columns, keep_row=data.keep_row, show_progress=show_progress)
+        self._source = RowSource(
+            paths,
+            columns,
+            keep_row=data.keep_row,
+            show_progress=show_progress,
+            index_folder=None if cache_dir is None else cache_dir / CHECK_FOLDER,
+        )
         self.check_file: Path | None = None
         """The file with the check's result, for a later opening."""
         self.checked = self._check(data, tokenizer, cache_dir, show_progress)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
+import numpy as np
+
+from megatron_dypo.data.file_index import FileIndex, IndexFiles
 from megatron_dypo.data.parquet_files import ParquetFile
 from megatron_dypo.data.rows import BadRow
 from megatron_dypo.data.values import Broken, parse_json
@@ -56,14 +60,21 @@ _MAGICS = {
 }
 
 
-def open_rows(path: Path, columns: Collection[str] | None, required: Collection[str]) -> RowFile:
+def open_rows(
+    path: Path, columns: Collection[str] | None, required: Collection[str], indexes: IndexFiles | None = None
+) -> RowFile:
     """Open a ``.jsonl`` or ``.parquet`` file. Raises ValueError naming the file.
 
-    Of a Parquet file only ``columns`` are read (None: all); it must have the ``required`` ones.
+    A JSONL file is read from beginning to end unless ``indexes`` has its index. Of a Parquet file only ``columns`` are
+    read (None: all); it must have the ``required`` ones.
     """
     require_kind(path)
     try:
-        rows: RowFile = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path, columns, required)
+        rows: RowFile = (
+            JsonlFile(path, indexes or IndexFiles(None))
+            if path.suffix == ".jsonl"
+            else ParquetFile(path, columns, required)
+        )
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(rows) == 0:
@@ -104,49 +115,63 @@ def require_kind(path: Path) -> None:
 class JsonlFile:
     """A file with one JSON value per line. Its index has byte offset and number of each line that is not blank."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, indexes: IndexFiles) -> None:
         self.path = path
-        self._offsets, self._lines = array("q"), array("I")
         self._file = path.open("rb")
-        offset = 0
-        line = b"\n"
-        for number, line in enumerate(self._file, start=1):
-            if line.strip():
-                self._offsets.append(offset)
-                self._lines.append(number)
-            offset += len(line)
-        self._offsets.append(offset)
-        self._is_open_ended = not line.endswith(b"\n")
+        self.key = indexes.key(path, self._file.fileno())
+        """The state of the file before it was read."""
+        self.index = indexes.find(path, self._file.fileno()) or _index_of(self._file)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.index.offsets) - 1
 
     def line(self, index: int) -> int:
-        return self._lines[index]
+        return int(self.index.lines[index]) if len(self.index.lines) else index + 1
 
     def read(self, index: int) -> Any:
-        start, end = self._offsets[index], self._offsets[index + 1]
+        start, end = self.index.offsets[index : index + 2].tolist()
         # pread does not change the shared file position, so any thread may use it.
         raw = os.pread(self._file.fileno(), end - start, start)
-        return _record(raw, is_first=start == 0, is_cut=self._is_open_ended and index == len(self) - 1)
+        return _record(raw, is_first=start == 0, is_cut=self.index.is_open_ended and index == len(self) - 1)
 
     def parts(self, size: int) -> list[JsonlPart]:
         parts = []
+        offsets = self.index.offsets
         start = 0
-        for index in range(1, len(self) + 1):
-            if index == len(self) or self._offsets[index + 1] - self._offsets[start] > size:
-                part = JsonlPart(
-                    path=self.path,
-                    offsets=self._offsets[start : index + 1],
-                    lines=self._lines[start:index],
-                    is_cut=self._is_open_ended and index == len(self),
-                )
-                parts.append(part)
-                start = index
+        while start < len(self):
+            # As many whole rows as fit, at least one.
+            stop = int(np.searchsorted(offsets, offsets[start] + size, side="right")) - 1
+            stop = min(max(stop, start + 1), len(self))
+            part = JsonlPart(
+                path=self.path,
+                offsets=array("q", offsets[start : stop + 1].tobytes()),
+                lines=self.index.lines[start:stop].tolist() if len(self.index.lines) else range(start + 1, stop + 1),
+                is_cut=self.index.is_open_ended and stop == len(self),
+            )
+            parts.append(part)
+            start = stop
         return parts
 
     def close(self) -> None:
         self._file.close()
+
+
+def _index_of(file: BinaryIO) -> FileIndex:
+    """Read a file from its beginning, and find its lines that are not blank."""
+    offsets, lines = array("q"), array("I")
+    offset = number = 0
+    line = b"\n"
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            offsets.append(offset)
+            lines.append(number)
+        offset += len(line)
+    offsets.append(offset)
+    return FileIndex(
+        offsets=np.asarray(offsets, np.int64),
+        lines=np.asarray(lines if len(lines) < number else (), np.uint32),
+        is_open_ended=not line.endswith(b"\n"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +181,13 @@ class JsonlPart:
     path: Path
     offsets: array[int]
     """Offset of each row, followed by the end of the last row."""
-    lines: array[int]
+    lines: Sequence[int]
     is_cut: bool
     """Whether the last row ends without a line break."""
 
     def scan(self) -> Iterator[Any]:
         with self.path.open("rb") as file:
-            for index, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+            for index, (start, end) in enumerate(itertools.pairwise(self.offsets)):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
                     yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from megatron_dypo.data.files import RowFile, RowPart, open_rows
+from megatron_dypo.data.file_index import IndexFiles, only_digest
+from megatron_dypo.data.files import JsonlFile, RowFile, RowPart, open_rows
 from megatron_dypo.data.formats import Columns
 from megatron_dypo.data.rows import BadRow, PromptRow, parse_row
 from megatron_dypo.fs import hash_file
@@ -44,12 +45,19 @@ class RowSource:
     """
 
     def __init__(
-        self, paths: Iterable[Path | str], columns: Columns, *, keep_row: bool, show_progress: bool = False
+        self,
+        paths: Iterable[Path | str],
+        columns: Columns,
+        *,
+        keep_row: bool,
+        show_progress: bool = False,
+        index_folder: Path | None = None,
     ) -> None:
         self.columns = columns
         files = [Path(path) for path in paths]
         read = None if keep_row else columns.names
-        self.files: list[RowFile] = [open_rows(path, read, (columns.prompt, columns.answer)) for path in files]
+        indexes, required = IndexFiles(index_folder), (columns.prompt, columns.answer)
+        self.files: list[RowFile] = [open_rows(path, read, required, indexes) for path in files]
         self.names = distinct_names(files)
         """Name of each file in ids, with names of its folders if two files have the same name."""
         self._parsers = [RowParser(name=name, columns=columns, keep_row=keep_row) for name in self.names]
@@ -60,7 +68,8 @@ class RowSource:
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         total = sum(size for size, _ in self._stats)
         with progress(total, "hashing prompt files", "bytes", enabled=show_progress) as bar:
-            self.hashes = [hash_file(handle, bar.update) for handle in self._handles]
+            opened = zip(self.files, self._handles, strict=True)
+            self.hashes = [_digest(file, handle, indexes, bar.update) for file, handle in opened]
             """SHA-256 of each file, in hexadecimal."""
 
     def __len__(self) -> int:
@@ -146,6 +155,20 @@ def _require_once(files: list[Path]) -> None:
         first = seen.setdefault((stat.st_dev, stat.st_ino), path)
         if first is not path:
             raise ValueError(f"{path}: is the same file as {first}: name each once")
+
+
+def _digest(file: RowFile, handle: BinaryIO, indexes: IndexFiles, update: Callable[[int], object]) -> str:
+    """Return the SHA-256 of a file, and keep its index if it has none."""
+    path, descriptor = file.path, handle.fileno()
+    if known := indexes.find(path, descriptor):
+        return known.sha256
+    if isinstance(file, JsonlFile):
+        key, index = file.key, file.index
+    else:
+        key, index = indexes.key(path, descriptor), only_digest(os.fstat(descriptor).st_size)
+    digest = hash_file(handle, update)
+    indexes.keep(path, descriptor, replace(index, sha256=digest), key)
+    return digest
 
 
 def _stat(handle: BinaryIO) -> tuple[int, int]:

@@ -76,18 +76,18 @@ class OpenAIEndpoint:
 
     async def ask(self, prompt: EvalPrompt) -> Reply:
         """Return one response."""
-        body = json.dumps(self._body(prompt)).encode()
         path = f"{self._base}/chat/completions" if self._api == "chat" else f"{self._base}/completions"
         limit = _BYTES_PER_ANSWER + self._rollout.max_new_tokens * _BYTES_PER_TOKEN
+        body = functools.partial(self._body, prompt)
         return await self.client.exchange(path, body, max_bytes=limit, parse=functools.partial(_read, self._api))
 
-    def _body(self, prompt: EvalPrompt) -> dict[str, Any]:
+    def _body(self, prompt: EvalPrompt) -> bytes:
         given: dict[str, Any] = {"model": self._model, **self._prompt(prompt), "n": 1, "seed": prompt.seed}
         given |= {"temperature": self._settings[prompt.set_name].temperature, "top_p": self._rollout.top_p}
         given["max_tokens"] = self._rollout.max_new_tokens
         # Not of OpenAI's API, but of SGLang's and vLLM's: sent only where it says something.
         top_k = {} if self._rollout.top_k == -1 else {"top_k": self._rollout.top_k}
-        return {**given, **top_k, **self._extra}
+        return json.dumps({**given, **top_k, **self._extra}).encode()
 
     def _prompt(self, prompt: EvalPrompt) -> dict[str, Any]:
         if self._api == "chat":

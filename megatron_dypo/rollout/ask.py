@@ -1,18 +1,20 @@
-"""One POST to a server: its answer as JSON, or an error whose class says who is at fault."""
+"""One POST to a server: its answer, or an error whose class says who is at fault."""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
 import errno
+import functools
 import json
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
 
+from megatron_dypo.rollout.columns import read_columns
 from megatron_dypo.rollout.descriptors import lacks_descriptors
 from megatron_dypo.rollout.router import NO_SERVER
 
@@ -64,12 +66,43 @@ class OwnLackError(AskError):
     """This host could not open a connection."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A decoded answer, and the part of it that a message may show."""
+    """A whole answer with status 200, decoded when it is asked for. Each decoding takes time in proportion to its size.
 
-    payload: Any
-    shown: str
+    Args:
+        chunks: the body.
+        api_key: never shown.
+    """
+
+    def __init__(self, url: str, chunks: Sequence[bytes], api_key: str | None) -> None:
+        self._url, self._chunks, self._api_key = url, chunks, api_key
+        self.num_bytes = sum(map(len, chunks))
+
+    @property
+    def shown(self) -> str:
+        """The part of it that a message may show."""
+        return f"{self._url}: HTTP 200: {shown(self._body, self._api_key)}"
+
+    @property
+    def payload(self) -> Any:
+        """The answer's JSON. Raises :class:`AttemptError` if it has none."""
+        return self._decoded(json.loads)
+
+    @property
+    def columns(self) -> Any:
+        """The answer's JSON with arrays (:func:`read_columns`). Raises :class:`AttemptError` if it has none."""
+        return self._decoded(read_columns)
+
+    @functools.cached_property
+    def _body(self) -> bytes:
+        return b"".join(self._chunks)
+
+    def _decoded(self, decode: Callable[[bytes], Any]) -> Any:
+        try:
+            return decode(self._body)
+        except (ValueError, RecursionError) as error:
+            message = f"and no JSON ({type(error).__name__}): {shown(self._body, self._api_key)}"
+            raise AttemptError(f"{self._url}: HTTP 200, {message}") from error
 
 
 def without_key(message: str, api_key: str | None) -> str:
@@ -85,14 +118,22 @@ def shown(body: bytes, api_key: str | None) -> str:
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, body: bytes, *, timeout_s: float, max_bytes: int, api_key: str | None
+    session: aiohttp.ClientSession,
+    url: str,
+    body: bytes,
+    *,
+    timeout_s: float,
+    max_bytes: int,
+    api_key: str | None,
+    room: Callable[[], Awaitable[None]],
 ) -> Answer:
-    """POST ``body`` to ``url`` and return the decoded answer.
+    """POST ``body`` to ``url`` and return the answer.
 
     Args:
         url: redirects are not followed, since they would send the key to another host.
         timeout_s: time for the whole answer; connecting may take 10 s of it.
         max_bytes: a longer answer is cut off.
+        room: waits until there is memory for the next part of an answer.
 
     Raises:
         AttemptError: no answer in time, one of a failing server or of something else than SGLang, or a too long one.
@@ -106,14 +147,16 @@ async def ask(
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False, timeout=limit) as response:
             is_good = response.status == 200
-            text, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
+            chunks, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES, room)
     except aiohttp.ClientSSLError as error:  # a subclass of the next one
         raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
         raise connect_failure(url, error) from error
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         raise AttemptError(without_key(f"{url}: {error!r}", api_key)) from error
-    beginning = shown(text, api_key)
+    if is_good and is_whole and NO_SERVER[0] not in response.headers:
+        return Answer(url, chunks, api_key)
+    beginning = shown(b"".join(chunks)[:_QUOTED_BYTES], api_key)
     message = f"{url}: HTTP {response.status}: {beginning}"
     if response.headers.get(NO_SERVER[0]) == NO_SERVER[1]:
         raise LostServerError(message)
@@ -127,10 +170,7 @@ async def ask(
         raise AttemptError(message)
     if not is_whole:
         raise AttemptError(f"{url}: HTTP 200: an answer of more than {max_bytes} bytes, cut off: {beginning}")
-    try:
-        return Answer(payload=json.loads(text), shown=f"{url}: HTTP 200: {beginning}")
-    except (ValueError, RecursionError) as error:
-        raise AttemptError(f"{url}: HTTP 200, and no JSON ({type(error).__name__}): {beginning}") from error
+    return Answer(url, chunks, api_key)
 
 
 def _retry_after_s(value: str | None) -> float:
@@ -145,16 +185,19 @@ def _retry_after_s(value: str | None) -> float:
         return 0.0
 
 
-async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:
-    """Return the first ``max_bytes`` of the body, and whether that is all of it."""
+async def _read(
+    response: aiohttp.ClientResponse, max_bytes: int, room: Callable[[], Awaitable[None]]
+) -> tuple[list[bytes], bool]:
+    """Return the chunks of the first ``max_bytes`` of the body, and whether that is all of it."""
     chunks, size = [], 0
     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
         chunks.append(chunk)
         size += len(chunk)
         if size > max_bytes:
             response.close()
-            return b"".join(chunks), False
-    return b"".join(chunks), True
+            return chunks, False
+        await room()
+    return chunks, True
 
 
 def connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception:

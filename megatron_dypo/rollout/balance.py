@@ -58,4 +58,5 @@ class LeastLoaded:
             raise NoServerError(f"no SGLang server is left: {', '.join(self._outstanding)} went")
         awake = [url for url in urls if self._rests_until[url] <= now] or urls
         self._turn += 1  # ties go to the servers in turn
-        return min(awake, key=lambda url: (self._outstanding[url], (urls.index(url) - self._turn) % len(urls)))
+        place_of = {url: place for place, url in enumerate(urls)}
+        return min(awake, key=lambda url: (self._outstanding[url], (place_of[url] - self._turn) % len(urls)))

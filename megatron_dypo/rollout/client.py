@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.words import counted
@@ -144,7 +146,7 @@ class SGLangClient(HttpClient):
                 refuses the request for good (HTTP 400, 413, 422), for example a prompt beyond its context length.
             NoServerError: no server is left to ask.
         """
-        body = json.dumps(request_body(prompt_tokens, sampling)).encode()
+        body = functools.partial(_body, prompt_tokens, sampling)
         parse = functools.partial(self._parse, sampling, len(prompt_tokens))
         max_bytes = sampling.max_answer_bytes(len(prompt_tokens))
         return await self.exchange("/generate", body, max_bytes=max_bytes, parse=parse)
@@ -165,22 +167,32 @@ class SGLangClient(HttpClient):
             await asyncio.sleep(_WATCH_EVERY_S)
 
     def _parse(self, sampling: Sampling, num_prompt_tokens: int, url: str, answer: Answer) -> tuple[Rollout, ...]:
+        with contextlib.suppress(IncompleteGroupError, WrongVersionError):
+            return self._rollouts(answer.columns, sampling, num_prompt_tokens)
+        payload = answer.payload  # as the server wrote it, for the message and the counts
         try:
-            return parse_group(
-                answer.payload,
-                sampling,
-                self.decode,
-                versions=self._upstream.versions,
-                vocab_size=self._vocab_size,
-                num_prompt_tokens=num_prompt_tokens,
-            )
+            return self._rollouts(payload, sampling, num_prompt_tokens)
         except IncompleteGroupError as error:
-            self.count_dropped(answer.payload)
+            self.count_dropped(payload)
             raise AttemptError(without_key(f"{error}; {answer.shown}", self._api_key)) from error
         except WrongVersionError as error:
-            self.count_dropped(answer.payload)
+            self.count_dropped(payload)
             self.wrong_versions += sampling.n
             message = without_key(str(error), self._api_key)
             warn_often(_log, "dropped %s of %s: %s", counted(sampling.n, "rollout"), url, message)
             kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
             raise kind(f"{url}: {message}") from error
+
+    def _rollouts(self, payload: Any, sampling: Sampling, num_prompt_tokens: int) -> tuple[Rollout, ...]:
+        return parse_group(
+            payload,
+            sampling,
+            self.decode,
+            versions=self._upstream.versions,
+            vocab_size=self._vocab_size,
+            num_prompt_tokens=num_prompt_tokens,
+        )
+
+
+def _body(prompt_tokens: Tokens, sampling: Sampling) -> bytes:
+    return json.dumps(request_body(prompt_tokens, sampling)).encode()

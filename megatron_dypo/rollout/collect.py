@@ -10,11 +10,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.metrics.progress import progress as progress_bar
+from megatron_dypo.processes.garbage import only_short_collections
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.processes.watchdog import WORK, mark
 from megatron_dypo.rollout.attempts import GroupDroppedError
@@ -28,6 +29,8 @@ from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"
 """The outcome for one prompt. None: the group was not done when the collection stopped."""
 
+_BEGUN_TOGETHER = 64
+"""Groups that begin in one turn of the event loop."""
 _SIGN_OF_LIFE_S = 1.0
 """Seconds between signs of life for the watchdog."""
 
@@ -100,8 +103,8 @@ def collect(
     rollout; ``planner`` the parts of a group, without which one request samples it. When no server is left, it returns
     the groups that it has. So it does when ``stop`` is set: it aborts the requests that are open, and
     ``stats.unfinished`` holds their prompts. An interrupt aborts them too. ``on_group`` gets each
-    group as soon as it is complete. ``with_routes``: bring the servers' choice of experts too, if the client asks for
-    it.
+    group as soon as it is complete, one at a time, in a thread. ``with_routes``: bring the servers' choice of experts
+    too, if the client asks for it.
 
     Raises:
         ServerDiedError: the run has lost its servers for good (from the client's ``check``).
@@ -110,17 +113,20 @@ def collect(
         group_size, temperature=temperature, max_new_tokens=max_new_tokens, with_routes=with_routes
     )
     start = time.monotonic()
-    # Its thread starts with the first rollouts that a plan has judged.
+    # Their threads start with the first rollouts that a plan has judged, and the first group.
     judging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")
-    with judging, progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
+    noting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="groups")
+    with judging, noting, progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
 
         async def ask(prompt: Prompt, own: Sampling) -> RolloutGroup:
             group = await sample_group(client, prompt, own, planner=planner, worker=judging)
             if on_group is not None:
-                on_group(group)
+                noted = asyncio.get_running_loop().run_in_executor(noting, on_group, group)
+                await asyncio.shield(noted)  # a whole group is noted even if the collection is stopped now
             return group
 
-        outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
+        with only_short_collections():
+            outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     return groups, _stats(prompts, outcomes, client.counts(), time.monotonic() - start)
 
@@ -162,15 +168,17 @@ async def _collect(
     """Ask for all groups at once; return when each has an outcome, at the first bug, or at ``stop``."""
     async with client:
         samplings = [_seeded(sampling, prompt, seed_of) for prompt in prompts]
-        pairs = zip(prompts, samplings, strict=True)
-        groups = [asyncio.ensure_future(ask(prompt, own)) for prompt, own in pairs]
+        groups: list[asyncio.Future[RolloutGroup]] = []
         watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(show_life(WORK.pace.part))
         outcomes = _Outcomes(prompts, bar, sampling.n)
-        for place, group in enumerate(groups):
-            group.add_done_callback(functools.partial(outcomes.note, place))
         watch.add_done_callback(lambda _: outcomes.over.set())
         try:
             with set_at_stop(outcomes.over, stop):
+                for place, (prompt, own) in enumerate(zip(prompts, samplings, strict=True)):
+                    groups.append(asyncio.ensure_future(ask(prompt, own)))
+                    groups[-1].add_done_callback(functools.partial(outcomes.note, place))
+                    if place % _BEGUN_TOGETHER == 0:
+                        await asyncio.sleep(0)
                 await outcomes.over.wait()
             if outcomes.has_unserved:
                 # A connection may break before the server has ended. The check tells whether the last one is gone.
@@ -179,9 +187,10 @@ async def _collect(
                 watch.result()  # raises the error of the check
             return outcomes.take()
         finally:
-            for task in (*groups, watch, life):
+            tasks: list[asyncio.Future[Any]] = [*groups, watch, life]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*groups, watch, life, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Outcomes:

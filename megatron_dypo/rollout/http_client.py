@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from megatron_dypo.rollout.ask import (
 from megatron_dypo.rollout.attempts import Attempts
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.counts import AttemptCounts
+from megatron_dypo.rollout.reader import AnswerReader
+from megatron_dypo.rollout.starts import Starts
 
 T = TypeVar("T")
 T_Client = TypeVar("T_Client", bound="HttpClient")
@@ -64,6 +67,8 @@ class HttpClient(AttemptCounts):
         self._servers = self._balance(urls)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
+        self._reader: AnswerReader | None = None
+        self._starts = Starts()
         self._has_said_lack = False
 
     @property
@@ -75,6 +80,7 @@ class HttpClient(AttemptCounts):
         self._reset_counts()
         self._has_said_lack = False
         self._slots = asyncio.Semaphore(self._limits.max_in_flight)
+        self._reader, self._starts = AnswerReader(), Starts()
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
@@ -87,16 +93,22 @@ class HttpClient(AttemptCounts):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._session is not None
+        assert self._reader is not None
         await self._session.close()
-        self._session = self._slots = None
+        self._reader.close()
+        self._session = self._slots = self._reader = None
 
-    async def exchange(self, path: str, body: bytes, *, max_bytes: int, parse: Callable[[str, Answer], T]) -> T:
-        """POST ``body`` until an answer is usable; return the result of ``parse``.
+    async def exchange(
+        self, path: str, make_body: Callable[[], bytes], *, max_bytes: int, parse: Callable[[str, Answer], T]
+    ) -> T:
+        """POST a body until an answer is usable; return the result of ``parse``.
 
         Args:
             path: path on the chosen server.
+            make_body: called once, when the request may begin: many bodies take time and memory.
             max_bytes: a longer answer is cut off.
-            parse: (URL of the server, answer) → the result; it raises :class:`AskError` for an unusable answer.
+            parse: (URL of the server, answer) → the result; it raises :class:`AskError` for an unusable answer. A
+                large answer is parsed in a thread, one at a time.
 
         Raises:
             GroupDroppedError: all retries failed, or the deadline passed; or a server refuses the request for good
@@ -105,8 +117,11 @@ class HttpClient(AttemptCounts):
         """
         assert self._slots is not None, "use `async with client`"
         assert self._session is not None
+        assert self._reader is not None
         async with self._slots:
             await self.turn()
+            await self._starts.turn()
+            body = make_body()
             attempts = Attempts(
                 retries=self._limits.retries,
                 deadline_s=self._limits.request_deadline_s,
@@ -126,14 +141,16 @@ class HttpClient(AttemptCounts):
                             timeout_s=attempts.left_s(),
                             max_bytes=max_bytes,
                             api_key=self._api_key,
+                            room=self._reader.room,
                         )
-                        return parse(url, answer)
+                        return await self._reader.read(answer.num_bytes, functools.partial(parse, url, answer))
                     except AskError as error:
                         attempts.left_s()  # after the deadline the server is not at fault
                         pause_s = attempts.pause_after(self.blame(error, url, servers))
                         self.retries += not isinstance(error, OwnLackError)
                 await asyncio.sleep(pause_s)
                 await self.turn()
+                await self._starts.turn()
 
     async def turn(self) -> None:
         """Wait until an attempt may begin: at once, unless a subclass limits their rate."""

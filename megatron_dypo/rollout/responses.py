@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_dypo.config.words import counted
+from megatron_dypo.rollout.columns import LogprobRows
 from megatron_dypo.rollout.routes import RoutesError, read_routes
 from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import Floats, Rollout, Routes, Tokens
@@ -53,7 +54,9 @@ def parse_group(
     """Return the ``sampling.n`` rollouts of an answer.
 
     Args:
-        payload: the decoded JSON, of any type.
+        payload: the decoded JSON, of any type, possibly with arrays in place of lists
+            (:func:`megatron_dypo.rollout.columns.read_columns`). If it is refused, the message quotes what it has, so
+            parse it again without arrays.
         versions: versions that the server may hold now, ascending; the last is that of the last refit. The newest
             version of the group must be one of them. Other tokens may be of any earlier version: a response that a
             refit paused begins with them, and other members may have ended before. None: any version.
@@ -116,12 +119,14 @@ def _read_routes(responses: Sequence[_Response], sampling: Sampling, num_prompt_
 
 
 def _read_tokens(ids: Any, sampling: Sampling, id_limit: int) -> Tokens:
-    if not isinstance(ids, list):
+    if not isinstance(ids, list | np.ndarray):
         raise IncompleteGroupError(f"output_ids={quote(ids)}: must be a list of token ids")
-    if not ids:
+    if not len(ids):
         raise IncompleteGroupError("a response without tokens")
     if len(ids) > sampling.max_new_tokens:
         raise IncompleteGroupError(f"{len(ids)} tokens for max_new_tokens={sampling.max_new_tokens}")
+    if isinstance(ids, np.ndarray) and ids.min() >= 0 and ids.max() < id_limit:
+        return ids.astype(np.int32)
     for token in ids:
         if type(token) is not int or not 0 <= token < id_limit:
             raise IncompleteGroupError(f"token id {quote(token)}: must be an integer in [0, {id_limit})")
@@ -142,11 +147,15 @@ def _require_stop(matched: Any, last: int, sampling: Sampling) -> None:
 
 def _read_logp(rows: Any, tokens: Tokens) -> Floats:
     """Read the log-probs from rows (log-prob, token id, text)."""
+    low, high = _LOGP_RANGE
+    if isinstance(rows, LogprobRows):
+        if not np.array_equal(rows.ids, tokens) or rows.logp.min() < low or rows.logp.max() > high:
+            raise IncompleteGroupError(f"{len(rows)} log-probs for {len(tokens)} tokens, or a wrong one")
+        return rows.logp.astype(np.float32)
     rows = rows if isinstance(rows, list) else []
     sound = all(isinstance(row, list | tuple) and len(row) >= 2 and type(row[1]) is int for row in rows)
     if not sound or [row[1] for row in rows] != tokens.tolist():
         raise IncompleteGroupError(f"{len(rows)} log-probs for {len(tokens)} tokens, or of other tokens")
-    low, high = _LOGP_RANGE
     for position, row in enumerate(rows):
         if type(row[0]) not in (int, float) or not low <= row[0] <= high:  # NaN is in no range
             raise IncompleteGroupError(f"log-prob {quote(row[0])} of token {position}: must be finite and at most 0")

@@ -64,7 +64,7 @@ HANDWRITTEN = (
     Hand("megatron_dypo/config/objective.py", "0 <= value[0] <= 1 <= value[1]", "0 <= value[0] <= value[1]", "bounds hold 1"),
     Hand("megatron_dypo/config/objective.py", "self.mode == \"refreshed\" and step", "step", "only refreshed refreshes"),
     Hand(_B + "exchange.py", "return sorted((s for part", "return list((s for part", "balance sorts"),
-    Hand(_B + "exchange.py", "bins_balanced([cost for *_, cost in listing], replicas)", "bins_balanced([1.0 for _ in listing], replicas)", "balance by cost"),
+    Hand(_B + "exchange.py", "dealt_bins(np.array([cost for *_, cost in listing], np.float64), replicas)", "dealt_bins(np.ones(len(listing)), replicas)", "balance by cost"),
     Hand(_B + "exchange.py", "cost(s)) for s in samples]", "num_tokens(s)) for s in samples]", "balance by the given cost"),
     Hand(_B + "exchange.py", "return sorted(samples, key=_key)", "return list(samples)", "one replica sorts too"),
     Hand(_O + "streams.py", "attrgetter(\"ref_logp\")", "attrgetter(\"old_logp\")", "each stream is its own"),

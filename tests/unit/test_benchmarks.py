@@ -26,6 +26,9 @@ LAST_LINES = {
     "probe_coverage": {"least_coverage"},
     "routes": {"read_vs_text", "cut_vs_whole", "gib_for_1024", "share_of_step"},
     "journal": {"write_vs_parse", "digest_vs_copy", "bytes_per_token", "us_per_token"},
+    "controller": {"cpu_vs_lists", "cpu_vs_lists_with_text", "longest_step_ms", "lag_p99_vs_lists"},
+    "data_files": {"index_vs_scan", "index_mib"},
+    "exchange": {"leader_4_vs_2", "assignment_64_vs_bytes"},
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
     "lm_eval_gsm8k": {"items", "same_responses", "correct_ours", "truncated", "correct_and_truncated"}
     | {

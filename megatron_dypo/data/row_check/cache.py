@@ -6,25 +6,18 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import tempfile
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_dypo import __version__
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.data.array_files import read_arrays, write_arrays
 from megatron_dypo.data.row_check.check import RowsChecked
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer
-from megatron_dypo.fs import new_file
-
-log = logging.getLogger(__name__)
 
 CHECK_FOLDER = "data_check"
 _CHECK_VERSION = 1
@@ -85,22 +78,3 @@ def write_check(path: Path, checked: RowsChecked) -> None:
     }
     arrays = {name: getattr(checked, name) for name in _ARRAYS}
     write_arrays(path, {**arrays, "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8)})
-
-
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]] | None:
-    """Read arrays of an ``.npz`` file; None if there is no file, or (with a warning) if it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        log.warning("%s cannot be read (%s): checking again", path, error)
-        return None
-
-
-def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write an ``.npz`` file, whole or not at all. Several processes may write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
-        np.savez(file, **cast(Any, arrays))

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.data.array_files import read_arrays, write_arrays
 from megatron_dypo.data.dataset import PromptDataset
-from megatron_dypo.data.row_check.cache import read_arrays, write_arrays
 from megatron_dypo.data.tokenising import end_trace, make_prompt, render_prompt
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.metrics.progress import progress

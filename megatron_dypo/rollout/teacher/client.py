@@ -51,10 +51,10 @@ class TeacherClient(HttpClient):
             NoLogprobsError: no valid answer after all retries or at the deadline, or a server refuses the request for
                 good, for example a sequence beyond its context length.
         """
-        body = json.dumps(self._format.request(prompt, response)).encode()
         limit = most_bytes(len(prompt) + len(response))
         read = functools.partial(self._read, prompt, response)
         try:
+            body = functools.partial(self._body, prompt, response)
             return await self.exchange(self._format.path, body, max_bytes=limit, parse=read)
         except GroupDroppedError as error:
             raise NoLogprobsError(str(error)) from error
@@ -66,6 +66,9 @@ class TeacherClient(HttpClient):
         warn_often(_log, "an attempt for a teacher's log-probs failed: %s", error)
         servers.failed(url)
         return AttemptError(str(error))
+
+    def _body(self, prompt: Tokens, response: Tokens) -> bytes:
+        return json.dumps(self._format.request(prompt, response)).encode()
 
     def _read(self, prompt: Tokens, response: Tokens, _url: str, answer: Answer) -> Floats:
         try:

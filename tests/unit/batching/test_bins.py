@@ -1,10 +1,11 @@
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dypo.batching.bins import bins_balanced, bins_best_fit, bins_within
+from megatron_dypo.batching.bins import bins_balanced, bins_best_fit, bins_within, dealt_bins
 
 sizes = st.lists(st.integers(1, 40), min_size=0, max_size=40)
 few = st.lists(st.integers(1, 20), min_size=1, max_size=7)
@@ -120,3 +121,20 @@ def test_an_item_beyond_the_capacity_gets_no_bin_that_holds_another():
         "the cheap one comes last, and is the large one"
     )
     assert bins_within([5.0, 1.0], [2, 9], count=2, capacity=4) == [[0], [1]]
+
+
+@given(st.lists(st.floats(0, 100), max_size=400), st.integers(1, 8))
+def test_dealt_bins_hold_each_once_and_differ_by_little(costs, count):
+    bin_of = dealt_bins(np.array(costs), count)
+    bins = [[i for i, slot in enumerate(bin_of.tolist()) if slot == one] for one in range(count)]
+    assert_each_once(costs, bins)
+    if len(costs) <= 16 * count:
+        assert sorted(map(tuple, bins)) == sorted(tuple(sorted(one)) for one in bins_balanced(costs, count))
+    else:
+        assert max(loads(costs, bins)) - min(loads(costs, bins)) <= max(costs) + 1e-6
+
+
+def test_many_lengths_of_rollouts_are_dealt_as_evenly_as_one_by_one():
+    costs = np.clip(np.random.default_rng(0).lognormal(8, 0.8, 64 * 1024), 200, 8192).round()
+    dealt = np.bincount(dealt_bins(costs, 64), weights=costs)
+    assert dealt.max() / dealt.mean() - 1 <= 1e-3

@@ -21,7 +21,7 @@ from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.types import DropReason, Tokens
+from megatron_dypo.types import DropReason, RolloutGroup, Tokens
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.support.rollout.clients import closed_url, make_client, make_prompts
 
@@ -356,3 +356,19 @@ def test_a_request_is_five_calls_away_from_the_collection(monkeypatch: pytest.Mo
     with FakeSGLang() as fake:
         collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
     assert calls == [["ask", "exchange", "generate", "sample_group", "ask", "collect"]]
+
+
+def test_whole_groups_are_noted_in_a_thread_one_at_a_time_and_an_error_there_ends_the_collection() -> None:
+    noted: list[tuple[str, int]] = []
+
+    def note(group: RolloutGroup) -> None:
+        noted.append((threading.current_thread().name, group.prompt.order))
+        if group.prompt.order == 70:
+            raise OSError("the disk is full")
+
+    with FakeSGLang() as fake:
+        collect(make_prompts(70), make_client([fake.url]), group_size=2, progress=False, on_group=note)
+        assert sorted(order for _, order in noted) == list(range(70))
+        assert {name for name, _ in noted} == {"groups_0"}
+        with pytest.raises(OSError, match="the disk is full"):
+            collect(make_prompts(71), make_client([fake.url]), group_size=2, progress=False, on_group=note)

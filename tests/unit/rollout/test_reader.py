@@ -1,0 +1,154 @@
+"""Large answers are read in a thread, with bounded memory, and refused in the same words as small ones."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from megatron_dypo.rollout.ask import AttemptError
+from megatron_dypo.rollout.collect import collect
+from megatron_dypo.rollout.reader import AnswerReader
+from megatron_dypo.types import Tokens
+from tests.support.fake_sglang import FakeSGLang
+from tests.support.rollout.clients import make_client, make_prompts
+
+
+def answer(length: int, **changes: Any) -> list[dict[str, Any]]:
+    ids = [7] * length
+    meta: dict[str, Any] = {
+        "finish_reason": {"type": "length", "length": length},
+        "output_token_logprobs": [[-0.125, token, None] for token in ids],
+        "weight_version": "default",
+    }
+    last = {"output_ids": changes.pop("output_ids", ids), "meta_info": {**meta, **changes}}
+    return [{"output_ids": ids, "meta_info": meta}, last]
+
+
+def replying(payload: Any, separators: tuple[str, str], _body: dict[str, Any]) -> web.Response:
+    return web.Response(text=json.dumps(payload, separators=separators))
+
+
+def collected(payload: Any, separators: tuple[str, str] = (",", ":"), **fields: Any) -> Any:
+    reply = functools.partial(replying, payload, separators)
+    with FakeSGLang(lambda index, body: reply) as fake:
+        client = make_client([fake.url], max_new_tokens=4096, retries=0, **fields)
+        threads = set()
+
+        def decode(tokens: Tokens) -> str:
+            threads.add(threading.current_thread().name)
+            return str(len(tokens))
+
+        client.decode = decode
+        groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
+    message = stats.dropped[0].message.partition("; http")[0] if stats.dropped else ""
+    return groups, message, client.counts(), threads
+
+
+@pytest.mark.parametrize(("length", "is_large"), [(10, False), (4000, True)])
+def test_a_large_answer_is_read_in_a_thread(length: int, is_large: bool) -> None:
+    (group,), _, _, (thread,) = collected(answer(length))
+    assert thread.startswith("answers") is is_large
+    for rollout in group.rollouts:
+        assert (rollout.tokens.dtype, rollout.logp.dtype) == (np.int32, np.float32)
+        assert (rollout.tokens == 7).all()
+        assert (rollout.logp == np.float32(-0.125)).all()
+        assert len(rollout.tokens) == len(rollout.logp) == length
+
+
+def wrong(logp: Any = -0.125, token: Any = 7, place: int = 2, of: int = 6) -> dict[str, Any]:
+    """Return fields of a response with one wrong row, and the tokens that belong to it."""
+    rows: list[list[Any]] = [[-0.125, 7, None] for _ in range(of)]
+    rows[place] = [logp, token, None]
+    return {"output_token_logprobs": rows}
+
+
+ids = [7] * 6
+WRONG: dict[str, dict[str, Any]] = {
+    "a log-prob above 0": wrong(0.5),
+    "an integer below all": wrong(-12345),
+    "a huge integer": wrong(-(10**30)),
+    "NaN": wrong(float("nan")),
+    "lowest float": wrong(-3.4e38),
+    "no log-prob": wrong(None),
+    "a bool": wrong(True),
+    "another token": wrong(token=8),
+    "a bool as token": wrong(token=True),
+    "a float as token": wrong(token=7.0),
+    "rows are missing": wrong(of=5),
+    "no rows": {"output_token_logprobs": []},
+    "an unknown token": {"output_ids": [*ids[:-1], 100], **wrong(token=100, place=5)},
+    "a huge token": {"output_ids": [*ids[:-1], 2**31], **wrong(token=2**31, place=5)},
+    "a negative token": {"output_ids": [*ids[:-1], -1], **wrong(token=-1, place=5)},
+    "no tokens": {"output_ids": []},
+    "too many tokens": {"output_ids": [7] * 5000, **wrong(of=5000)},
+    "another end": {"finish_reason": {"type": "abort", "message": "paused"}},
+    "another version": {"weight_version": "failed-3"},
+    "no spans": {"weight_versions": [{"version": "3", "start": 1}]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_is_refused_and_counted_in_the_same_way_however_its_lists_are_read(name: str) -> None:
+    payload = answer(6, **WRONG[name])
+    compact = collected(payload, vocab_size=100)
+    spaced = collected(payload, (", ", ": "), vocab_size=100)
+    assert compact[:3] == spaced[:3]
+    assert compact[0] == []
+    assert compact[1] or compact[2].wrong_versions
+    assert compact[2].dropped_rollouts > 0
+
+
+def test_the_loop_goes_on_while_an_answer_is_read() -> None:
+    read = threading.Event()
+
+    async def run() -> str:
+        reader = AnswerReader()
+        task = asyncio.create_task(reader.read(2**20, lambda: str(read.wait(10))))
+        await asyncio.sleep(0)  # the reading begins
+        read.set()
+        try:
+            return await task
+        finally:
+            reader.close()
+
+    assert asyncio.run(run()) == "True"
+
+
+def test_no_bytes_are_taken_while_many_wait_for_the_thread() -> None:
+    """Two answers of one limit together: there is room again once the first is read."""
+    read = threading.Event()
+
+    async def run() -> list[str]:
+        reader, seen = AnswerReader(most_bytes=2**20), []
+        first, second = (asyncio.create_task(reader.read(2**20, lambda: read.wait(10))) for _ in range(2))
+        room = asyncio.create_task(reader.room())
+        await asyncio.wait([first, second, room], timeout=0.1)
+        seen.append("room" if room.done() else "full")
+        read.set()
+        await asyncio.gather(first, second, room)
+        seen.append("room")
+        reader.close()
+        return seen
+
+    assert asyncio.run(run()) == ["full", "room"]
+
+
+def test_an_error_of_the_thread_is_raised_where_the_answer_is_awaited() -> None:
+    def fail() -> None:
+        raise AttemptError("no")
+
+    async def run() -> None:
+        reader = AnswerReader(most_bytes=1)
+        with pytest.raises(AttemptError, match="no"):
+            await reader.read(2**20, fail)
+        await asyncio.wait_for(reader.room(), 10)
+        reader.close()
+
+    asyncio.run(run())
