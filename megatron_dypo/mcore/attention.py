@@ -95,12 +95,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale
     Padding is after each sequence, so that under a causal mask no real token sees it. Outputs at padding are dropped.
 
     Args:
-        q: [T, h, d]; k, v: [T, g, d] with g dividing h.
+        q: [T, h, d]; k: [T, g, d]; v: [T, g, e], with g dividing h.
         where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
 
     Returns:
-        [T, h·d]
+        [T, h·e]
     """
     outputs = []
     for bucket in where.buckets:

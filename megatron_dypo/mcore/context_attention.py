@@ -81,12 +81,12 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: 
     """Compute causal attention of this rank's queries within each sequence of a packed microbatch.
 
     Args:
-        q: [T/n, h, d] of this rank; k, v: [T, g, d] of all ranks, in rank order, with g dividing h.
+        q: [T/n, h, d] of this rank; k: [T, g, d] and v: [T, g, e] of all ranks, in rank order, with g dividing h.
         where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
 
     Returns:
-        [T/n, h·d]
+        [T/n, h·e]
     """
     outputs = []
     for bucket in where.buckets:
@@ -113,12 +113,13 @@ def attend_over_context(
     group: dist.ProcessGroup,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, d] → [T/n, h·d]. Collective over the context-parallel ``group``.
+    """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, e] → [T/n, h·e]. Collective over the context-parallel ``group``.
 
     Args:
         cu_seqlens: boundaries of the sequences in the whole microbatch; each length is a multiple of 2n.
     """
     # Forward gathers along the first dim, backward sums the ranks' gradients and scatters them.
-    kv = gather_from_sequence_parallel_region(torch.stack((k, v), dim=1), group=group)
+    kv = gather_from_sequence_parallel_region(torch.cat((k, v), dim=-1), group=group)
     where = context_plan(cu_seqlens, group.rank(), group.size(), q.device)
-    return attend_gathered(q, kv[:, 0], kv[:, 1], where, scale)
+    keys, values = kv.split((k.shape[-1], v.shape[-1]), dim=-1)
+    return attend_gathered(q, keys, values, where, scale)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.planning.fp8 import Quantized
 
 FP32 = 4

@@ -134,6 +134,15 @@ ROWS = {
     "experts, etp2 pp2 vpp2, full": Row(ranks=4, axes=ETP | VPP, recompute="full", kind="qwen3_moe"),
     "experts, tp2 sp cp2 etp4": Row(ranks=4, axes=SP | CP | {"expert_tensor": 4}, kind="qwen3_moe"),
     "experts, etp2 dp4, overlap": Row(ranks=4, axes=ETP, overlap=True, kind="qwen3_moe", passes=((CONSTANT, 2),)),
+    "deepseek, one process": Row(ranks=1, kind="deepseek_v3", passes=((MEAN, 1),)),
+    "deepseek, tp2 sp": Row(ranks=2, axes=SP, kind="deepseek_v3", passes=((MEAN, 1), (TOKEN, 2))),
+    "deepseek, tp2 sp ep2, full": Row(ranks=2, axes=SP | EP, recompute="full", kind="deepseek_v3"),
+    "deepseek, tp2 sp etp2, selective": Row(ranks=2, axes=SP | ETP, recompute="selective", kind="moonlight"),
+    "deepseek, pp2": Row(ranks=2, axes=PP, kind="deepseek_v3"),
+    "deepseek, ep2": Row(ranks=2, axes=EP, kind="moonlight"),
+    "deepseek, cp2": Row(ranks=2, axes=CP, kind="deepseek_v3", passes=((SUM, 2),)),
+    "deepseek, dp2, sharded, overlap": Row(ranks=2, **SHARDED, overlap=True, kind="moonlight"),
+    "deepseek, ep2 pp2 vpp2": Row(ranks=4, axes=EP | VPP, kind="moonlight"),
     "experts, tp2 sp ep4": Row(ranks=4, axes=SP | {"expert": 4}, kind="qwen3_moe"),
 }  # fmt: skip
 

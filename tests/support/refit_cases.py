@@ -12,7 +12,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
 from tests.support.architectures import divisors, make_arch
