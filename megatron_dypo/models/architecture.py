@@ -79,6 +79,13 @@ class Architecture:
         """Return the channels of a value head."""
         return self.latent.value_dim if self.latent else self.head_dim
 
+    def cached_channels(self, tensor_parallel: int) -> int:
+        """Return the channels of keys and values that each of a server's ranks keeps for a token of one layer. Latent
+        vectors are whole on every rank."""
+        if self.latent is not None:
+            return self.latent.key_value_rank + self.latent.rope_dim
+        return 2 * max(1, self.num_key_value_heads // tensor_parallel) * self.head_dim
+
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Return the smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
