@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import (
     DistributedDataParallel,
     finalize_model_grads,
@@ -31,14 +30,16 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints.weights import load_weights
-from megatron_dypo.mcore.features import Features, chunk_spec, probe, require_fp8
+from megatron_dypo.mcore.features import Features, probe, require_fp8
+from megatron_dypo.mcore.layer_specs import chunk_spec
 from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
 from megatron_dypo.mcore.options.denied import MODEL
 from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, named, recompute
 from megatron_dypo.mcore.options.reading import Mapped, make
 from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
-from megatron_dypo.mcore.rope import inverse_frequencies, latent_scale, softmax_scale
+from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.mcore.sizes import sizes
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
@@ -113,7 +114,7 @@ def transformer_config(
         MLATransformerConfig if arch.latent else TransformerConfig,
         Mapped("model.megatron", model.megatron, MODEL),
         named(model, parallel),
-        **_sizes(arch),
+        **sizes(arch),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -191,48 +192,6 @@ def _build_chunk(
     return chunk
 
 
-def _sizes(arch: Architecture) -> dict[str, Any]:
-    return {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "softmax_scale": softmax_scale(arch),
-        "ffn_hidden_size": arch.ffn_hidden_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": arch.qkv_bias,
-        "qk_layernorm": arch.qk_norm or arch.latent is not None,
-        **_latent(arch),
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        # Weights are loaded later, so no random values are drawn. perform_initialization=False would leave parameters
-        # without their tensor-parallel marks, and gradient norms would be wrong.
-        "init_method": _leave_as_is,
-        "output_layer_init_method": _leave_as_is,
-        "embedding_init_method": _leave_as_is,
-    }
-
-
-def _latent(arch: Architecture) -> dict[str, Any]:
-    if arch.latent is None:
-        return {}
-    return {
-        "q_lora_rank": arch.latent.query_rank,
-        "kv_lora_rank": arch.latent.key_value_rank,
-        "qk_head_dim": arch.latent.plain_dim,
-        "qk_pos_emb_head_dim": arch.latent.rope_dim,
-        "v_head_dim": arch.latent.value_dim,
-        "rope_type": "rope",  # without scaling: _build_chunk sets the frequencies
-        "rotary_base": arch.rope_theta,
-        **latent_scale(arch),
-    }
-
-
 def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
     # With two stages, the size of the last follows from that of the first. If both are given, an interleaved schedule
     # in Megatron divides by the number of stages between them, zero (get_transformer_layer_offset,
@@ -256,10 +215,6 @@ def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, f
         moe_aux_loss_coef=coefficient,
     )
     return {**settings, **(pattern if arch.has_both_kinds else {})}
-
-
-def _leave_as_is(weight: torch.Tensor) -> None:
-    """Do not initialise: keep the uninitialised memory."""
 
 
 def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:

@@ -18,6 +18,7 @@ from megatron_dypo.mcore.checkpoints.torch_dist_writer import MCoreWriter, Store
 from megatron_dypo.mcore.checkpoints.verify import find_damage_of_weights
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.carried import find_carried, keep_carried, write_carried
 from megatron_dypo.models.families.registry import (
     FINAL_NORM_STATE,
     family_rows,
@@ -54,6 +55,7 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
     stage_of = {layer: s for s in range(mesh.pipeline) for layer in mesh.layers_of(s, arch.num_layers)}
     reader = HFReader(hf_path)
     reader.check_complete(arch)
+    carried = find_carried(hf_path, arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
     _check_types(rows, reader, arch)
     total = sum(math.prod(row.rule.stored_shape(arch, mesh.tensor)) * reader.dtype(row.hf[0]).itemsize for row in rows)
@@ -69,6 +71,7 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
         writer.finish()
         (folder / HF_FOLDER).mkdir()
         copy_beside(hf_path, folder / HF_FOLDER)
+        keep_carried(folder / HF_FOLDER, carried)
         write_manifest(folder, record_files(folder, list_files(folder)))
 
 
@@ -114,6 +117,7 @@ def mcore_to_hf(
     reader.check_complete(arch)
     if verify and (damage := find_damage_of_weights(reader.path, wanted=reader.reads)):
         raise ValueError(damage)
+    carried = find_carried(reference, arch)
     parts = {
         stem: [(row, quantized_specs(_specs(row, reader, arch), quantization)) for row in rows]
         for stem, rows in _rows_by_part(reader, arch).items()
@@ -127,6 +131,7 @@ def mcore_to_hf(
             tensors = (pair for row, _ in rows for pair in zip(row.hf, reader.read_hf(row, arch), strict=True))
             specs = [spec for _, of_row in rows for spec in of_row]
             write_parts(folder, stem, specs, quantized_tensors(tensors, quantization), bar, max_file_bytes)
+        write_carried(folder, carried, max_file_bytes=max_file_bytes, shows=show_progress)
         finish_hf_folder(folder, reference, quantization_config(arch, quantization))
 
 

@@ -50,6 +50,7 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERTS = "mlp.experts"
 _SEQUENTIAL = re.compile(rf"{_EXPERTS}\.local_experts\.(\d+)\.(.+)")
 _GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.weight)(\d+)")
+_HF_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -188,6 +189,12 @@ def _attention_modules(arch: Architecture) -> tuple[str, ...]:
     if arch.latent is None:
         return _ATTENTION_MODULES
     return (*_LATENT_MODULES, *(_PLAIN_QUERY if arch.latent.query_rank is None else _LATENT_QUERY))
+
+
+def is_carried_hf_name(name: str, arch: Architecture) -> bool:
+    """Return whether an HF tensor belongs to a layer after the last one, which predicts further tokens."""
+    found = _HF_LAYER.match(name)
+    return found is not None and 0 <= int(found[1]) - arch.num_layers < arch.num_mtp_layers
 
 
 def is_redundant_hf_name(name: str, arch: Architecture) -> bool:

@@ -56,9 +56,8 @@ def test_tensors_that_sglang_fuses_are_in_one_bucket(limit):
         for layer in range(3)
         for i, module in enumerate(modules)
     ]
-    buckets = list(fill_buckets(iter(sent), limit))
     received = {}
-    for bucket in buckets:
+    for bucket in fill_buckets(iter(sent), limit):
         received.update(receive(bucket))
         for layer in range(3):
             fused = {f"{prefix.format(layer)}{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa")}
