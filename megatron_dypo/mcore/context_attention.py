@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_dypo.batching.zigzag import zigzag_indices, zigzag_positions
-from megatron_dypo.mcore.attention import group_by_length
+from megatron_dypo.mcore.attention import fused_attention, group_by_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +96,10 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: 
         )
         # Keys in the padding of a shorter sequence are after all its queries, so the causal mask hides them.
         sees_B1QK = bucket.position_BQ[:, None, :, None] >= torch.arange(k_BgKd.shape[2], device=q.device)
-        out_BhQd = F.scaled_dot_product_attention(
+        out_BhQe = fused_attention(
             q_BhQd, k_BgKd, v_BgKd, attn_mask=sees_B1QK, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out_BhQd.transpose(1, 2).flatten(0, 1).flatten(1))
+        outputs.append(out_BhQe.transpose(1, 2).flatten(0, 1).flatten(1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded.index_select(0, where.slot_T)
 

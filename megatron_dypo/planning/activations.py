@@ -128,7 +128,8 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
     core_inputs = e * (h + g) * d + (0 if arch.qk_norm and not is_narrow else e * qkv)
     latents, ffn = 0.0, 5 * _dense_width(arch)
     if arch.latent is not None:
-        core, core_inputs = _latent_heads(arch, e), e * h * (2 * d + arch.value_dim)
+        # Values and outputs have a query's channels, some of them zeros (``mcore/attention.py``).
+        core, core_inputs = e * 4 * h * d + FP32 * h, e * h * (2 * d + arch.value_dim)
         latents = e * arch.latent.rope_dim + sum(norm_bytes(n, e, fused=False) for n in _ranks(arch.latent))
     return LayerBytes(
         between=2 * norm_bytes(H, e, fused=False) + latents + experts,
