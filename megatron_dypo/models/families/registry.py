@@ -143,9 +143,12 @@ def _layer_prefix(layer: int, arch: Architecture) -> str:
 
 
 def _is_fused(norm: str, layer: int, arch: Architecture) -> bool:
+    """Return whether Transformer Engine fuses a norm, given by its name in the local spec, into a linear layer."""
     if norm == "input_layernorm.weight":
         return arch.latent is None
-    return norm != "pre_mlp_layernorm.weight" or not arch.has_experts(layer)
+    if norm == "pre_mlp_layernorm.weight":
+        return not arch.has_experts(layer)
+    return arch.latent is not None
 
 
 def layer_of(row: Row) -> int | None:
