@@ -24,7 +24,7 @@ class Experts:
     moe_aux_loss_coef: float
     """``router_aux_loss_coef``: weight of the load-balancing loss."""
     num_dense_layers: int = 0
-    """``first_k_dense_replace``: so many first layers have a dense MLP."""
+    """``first_k_dense_replace``: number of first layers that have a dense MLP."""
     shared_width: int = 0
     """Intermediate size of the MLP that every token passes besides its experts: that of all shared experts together."""
     biased_sigmoid: BiasedSigmoid | None = None
@@ -38,7 +38,7 @@ class BiasedSigmoid:
 
     num_groups: int
     top_groups: int
-    """A token chooses among the experts of so many groups: those with the largest sums of their two best scores."""
+    """Number of groups among whose experts a token chooses: those with the largest sums of their two best scores."""
     scale: float
     """``routed_scaling_factor``: multiplies the routing weights."""
 

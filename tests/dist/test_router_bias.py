@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.dist.training import start
 from tests.support.hf_models import make_hf_model
 
-AXES = {"expert": 2}
+AXES: dict[str, Any] = {"expert": 2}
 
 
 def rank_train(path: str, out_dir: str) -> list[tuple[str, str, bool]]:
