@@ -47,9 +47,13 @@ def layer_spec(arch: Architecture, features: Features, *, has_experts: bool) -> 
     attention = spec.submodules.self_attention
     attention.submodules.core_attention = PackedAttention
     if arch.latent is not None:
+        from megatron.core.transformer.identity_op import IdentityOp
+
         from megatron_dypo.mcore.latent_attention import WholeLatentAttention
 
         attention.module = WholeLatentAttention
+        if arch.latent.query_rank is None:
+            attention.submodules.q_layernorm = IdentityOp  # core 0.19 refuses a norm that nothing uses
         spec.submodules.sharded_state_dict_keys_map = dict(_FUSED_NORMS)
     return _with_our_router(spec, has_experts)
 
