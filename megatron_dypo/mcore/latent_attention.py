@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_dypo.mcore.compat.latent_attention import LatentAttentionAsGiven
 from megatron_dypo.parallel.device import device
 
 
@@ -53,7 +53,7 @@ class WholeLinear(torch.nn.Module):
         """Ignore the state."""
 
 
-class WholeLatentAttention(MLASelfAttention):  # type: ignore[misc]
+class WholeLatentAttention(LatentAttentionAsGiven):
     """See the module's docstring."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

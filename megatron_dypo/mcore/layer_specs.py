@@ -38,6 +38,10 @@ def layer_spec(arch: Architecture, features: Features, *, has_experts: bool) -> 
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, **kind
         )
+        if arch.latent is not None:
+            from megatron_dypo.mcore.compat.latent_attention import LatentAttentionAsGiven
+
+            spec.submodules.self_attention.module = LatentAttentionAsGiven
         return _with_our_router(spec, has_experts)
     from megatron_dypo.mcore.core_attention import PackedAttention
 
