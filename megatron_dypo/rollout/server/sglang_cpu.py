@@ -92,12 +92,14 @@ def _fork_when_asked_to_spawn() -> None:
 
 def _serve_latent_attention() -> None:
     """Let multi-head latent attention run on plain torch's backend: every pass on latent vectors, as in decoding, and
-    positions without scaling too."""
-    from sglang.srt.layers.rotary_embedding import factory
-    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
-    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
-
-    under_yarn = factory.get_rope_cpu
+    positions without scaling too. An SGLang that has not these modules serves other models as before."""
+    try:
+        from sglang.srt.layers.rotary_embedding import factory
+        from sglang.srt.layers.rotary_embedding.factory import get_rope_cpu as under_yarn
+        from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+    except ImportError:
+        return
 
     def get_rope(*args: object, **kwargs: object) -> object:
         *others, scaling, dtype, partial, _ = args  # the last is the device
