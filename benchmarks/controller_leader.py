@@ -47,8 +47,8 @@ class ListsClient(SGLangClient):
         self._reader = _InLoop()
         return self
 
-    def _parse(self, sampling: Sampling, url: str, answer: Answer) -> tuple[Rollout, ...]:
-        return self._rollouts(answer.payload, sampling)
+    def _parse(self, sampling: Sampling, num_prompt_tokens: int, url: str, answer: Answer) -> tuple[Rollout, ...]:
+        return self._rollouts(answer.payload, sampling, num_prompt_tokens)
 
 
 CLIENTS = {"lists": ListsClient, "columns": SGLangClient}

@@ -50,6 +50,7 @@ class Case:
     """Microbatches on each replica."""
 
 
+SP2 = {"tensor": 2, "sequence": True}
 CASES = (
     Case(name="fp32"),
     Case(name="bf16", dtype="bfloat16"),
@@ -65,6 +66,9 @@ CASES = (
     Case(name="bf16, PP2", dtype="bfloat16", ranks=2, parallel={"pipeline": 2}, rows=4),
     Case(name="fp32, PP2, 2 chunks each", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, layers=8, rows=4),
     Case(name="bf16, experts", dtype="bfloat16", family="qwen3_moe", experts=8, ffn=256),
+    Case(name="bf16, latent attention", dtype="bfloat16", family="deepseek_v3", experts=8, ffn=256),
+    Case(name="fp32, latent attention", family="deepseek_v3", experts=8, ffn=256),
+    Case(name="fp32, latent attention, TP2, SP", family="deepseek_v3", experts=8, ffn=256, ranks=2, parallel=SP2),
     Case(name="fp32, experts, EP2", family="qwen3_moe", experts=8, ffn=256, ranks=2, parallel={"expert": 2}),
 )
 

@@ -157,4 +157,17 @@ def architecture(case: Any) -> Architecture:
             "moe_intermediate_size": case.ffn,
             "norm_topk_prob": True,
         }
+    if case.family == "deepseek_v3":
+        raw |= {
+            "num_key_value_heads": case.hidden // 64,
+            "n_routed_experts": case.experts,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        }
     return architecture_from_hf(raw, where=case.name)

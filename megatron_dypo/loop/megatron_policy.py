@@ -19,7 +19,7 @@ from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.checkpoints.folder import folder_of
 from megatron_dypo.mcore.checkpoints.saving import Saver
-from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
+from megatron_dypo.mcore.chunks import main_grad, named_global_weights
 from megatron_dypo.mcore.finite import Lone, bad_microbatches, first_not_finite
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
@@ -231,7 +231,7 @@ class MegatronPolicy:
 
     def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         export_hf(
-            named_global_parameters(self.chunks),
+            named_global_weights(self.chunks),
             self.arch,
             self.layout,
             values=values,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,18 +90,29 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return torch's ``scaled_dot_product_attention``, with zeros after the channels of shorter values.
+
+    The kernels that keep no S × S scores take queries, keys and values of one size only.
+    """
+    missing = q.shape[-1] - v.shape[-1]
+    if missing <= 0:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)), **options)[..., : v.shape[-1]]
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale: float | None = None) -> torch.Tensor:
     """Compute causal attention within each sequence of a packed microbatch. It is exact, gradients included.
 
     Padding is after each sequence, so that under a causal mask no real token sees it. Outputs at padding are dropped.
 
     Args:
-        q: [T, h, d]; k, v: [T, g, d] with g dividing h.
+        q: [T, h, d]; k: [T, g, d]; v: [T, g, e], with g dividing h.
         where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
 
     Returns:
-        [T, h·d]
+        [T, h·e]
     """
     outputs = []
     for bucket in where.buckets:
@@ -108,9 +120,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale
         q_BhSd, k_BgSd, v_BgSd = (
             x.index_select(0, bucket.gather_N).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
         )
-        out_BhSd = F.scaled_dot_product_attention(
+        out_BhSe = fused_attention(
             q_BhSd, k_BgSd, v_BgSd, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out_BhSd.transpose(1, 2).flatten(0, 1).flatten(1))
+        outputs.append(out_BhSe.transpose(1, 2).flatten(0, 1).flatten(1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded.index_select(0, where.slot_T)

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dypo.mcore.moe_router import expert_biases
 from megatron_dypo.mcore.param_gather import finish_gather
 from megatron_dypo.models.families.registry import expert_parameter
 
@@ -63,14 +64,25 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
     finish_gather(chunks)
     for chunk in chunks:
         model = unwrap(chunk)
-        global_index = {str(i): layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
         for name, parameter in model.named_parameters():
-            head, separator, tail = name.partition("decoder.layers.")
-            if separator:
-                local, _, rest = tail.partition(".")
-                inside = _with_global_expert(rest, model.decoder.layers[int(local)])
-                name = f"{head}{separator}{global_index[local]}.{inside}"
-            yield name, parameter
+            yield _global_name(name, model), parameter
+
+
+def named_global_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this rank's weights: :func:`named_global_parameters`, and the router biases that no gradient trains."""
+    yield from named_global_parameters(chunks)
+    for chunk in chunks:
+        for name, bias in expert_biases(chunk):
+            yield _global_name(name[name.index("decoder.layers.") :], unwrap(chunk)), bias
+
+
+def _global_name(name: str, model: GPTChunk) -> str:
+    head, separator, tail = name.partition("decoder.layers.")
+    if not separator:
+        return name
+    local, _, rest = tail.partition(".")
+    layer = model.decoder.layers[int(local)]
+    return f"{head}{separator}{layer.layer_number - 1}.{_with_global_expert(rest, layer)}"
 
 
 def _with_global_expert(name: str, layer: _Layer) -> str:

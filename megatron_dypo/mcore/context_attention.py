@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_dypo.batching.zigzag import zigzag_indices, zigzag_positions
-from megatron_dypo.mcore.attention import group_by_length
+from megatron_dypo.mcore.attention import fused_attention, group_by_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +80,12 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: 
     """Compute causal attention of this rank's queries within each sequence of a packed microbatch.
 
     Args:
-        q: [T/n, h, d] of this rank; k, v: [T, g, d] of all ranks, in rank order, with g dividing h.
+        q: [T/n, h, d] of this rank; k: [T, g, d] and v: [T, g, e] of all ranks, in rank order, with g dividing h.
         where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
 
     Returns:
-        [T/n, h·d]
+        [T/n, h·e]
     """
     outputs = []
     for bucket in where.buckets:
@@ -97,10 +96,10 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: 
         )
         # Keys in the padding of a shorter sequence are after all its queries, so the causal mask hides them.
         sees_B1QK = bucket.position_BQ[:, None, :, None] >= torch.arange(k_BgKd.shape[2], device=q.device)
-        out_BhQd = F.scaled_dot_product_attention(
+        out_BhQe = fused_attention(
             q_BhQd, k_BgKd, v_BgKd, attn_mask=sees_B1QK, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out_BhQd.transpose(1, 2).flatten(0, 1).flatten(1))
+        outputs.append(out_BhQe.transpose(1, 2).flatten(0, 1).flatten(1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded.index_select(0, where.slot_T)
 
@@ -113,12 +112,13 @@ def attend_over_context(
     group: dist.ProcessGroup,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, d] → [T/n, h·d]. Collective over the context-parallel ``group``.
+    """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, e] → [T/n, h·e]. Collective over the context-parallel ``group``.
 
     Args:
         cu_seqlens: boundaries of the sequences in the whole microbatch; each length is a multiple of 2n.
     """
     # Forward gathers along the first dim, backward sums the ranks' gradients and scatters them.
-    kv = gather_from_sequence_parallel_region(torch.stack((k, v), dim=1), group=group)
+    kv = gather_from_sequence_parallel_region(torch.cat((k, v), dim=-1), group=group)
     where = context_plan(cu_seqlens, group.rank(), group.size(), q.device)
-    return attend_gathered(q, kv[:, 0], kv[:, 1], where, scale)
+    keys, values = kv.split((k.shape[-1], v.shape[-1]), dim=-1)
+    return attend_gathered(q, keys, values, where, scale)

@@ -43,7 +43,7 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend: [T, h, d] × [T, g, d] × [T, g, d] → [T, h·d]; the mask is always causal within a sequence.
+        """Attend: [T, h, d] × [T, g, d] × [T, g, e] → [T, h·e]; the mask is always causal within a sequence.
 
         With context parallelism T is this rank's zig-zag part of the microbatch that ``packed_seq_params`` describes.
         """

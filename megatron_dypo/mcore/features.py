@@ -11,19 +11,13 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.fp8 import Fp8Config, Recipe, dotted, missing_capability
 from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.config.training import OptimizerConfig
-from megatron_dypo.mcore.compat.te_experts import patch_te_experts
-from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
 from megatron_dypo.supported import numbers
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
 _GPU_ONLY = ("transformer_engine", "apex")
 _MUON_SINCE = (0, 17)
@@ -180,39 +174,6 @@ def require_fp8(fp8: Fp8Config, features: Features) -> None:
     """
     obstacle = features.fp8_obstacles.get(fp8.recipe)
     require(obstacle is None, f"model.fp8.recipe={fp8.recipe}", f"needs {obstacle}")
-
-
-def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
-    """Return the transformer layer: Transformer Engine's, or Megatron's local one with packed attention."""
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    num_experts = arch.experts.num_experts if arch.experts else None
-    if features.transformer_engine:
-        patch_te_experts()
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=arch.qk_norm
-        )
-        return _with_our_router(spec, arch)
-    from megatron_dypo.mcore.core_attention import PackedAttention
-
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(
-        num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=arch.qk_norm, normalization="RMSNorm"
-    )
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return _with_our_router(spec, arch)
-
-
-def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
-    if arch.experts is not None:
-        from megatron_dypo.mcore.moe_router import BalancedRouter
-
-        mlp = spec.submodules.mlp
-        # A ModuleSpec up to core 0.17, functools.partial(MoELayer, submodules=...) since 0.18.
-        experts = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
-        experts.router = BalancedRouter
-        # The local spec would store the norm before experts as fused with their input projection; TE's spec does not.
-        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    return spec
 
 
 def _begins_otherwise(notice: str, record: logging.LogRecord) -> bool:

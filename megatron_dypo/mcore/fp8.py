@@ -15,7 +15,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.chunks import named_global_parameters, named_global_weights
 
 
 def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``named_global_parameters`` one by one. Quantised parameters are dequantised to their nominal type."""
-    for name, parameter in named_global_parameters(chunks):
-        yield name, values(parameter)
+    """Yield ``named_global_weights`` one by one. Quantised parameters are dequantised to their nominal type."""
+    for name, weight in named_global_weights(chunks):
+        yield name, values(weight)
 
 
 def values(parameter: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,7 @@ def named_initial_values(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, t
     are uninitialised memory when the model is built. So code that writes a quantised parameter must write them too.
     """
     return [
-        (name, _exact(parameter) if is_float8tensor(parameter) else parameter)
-        for name, parameter in named_global_parameters(chunks)
+        (name, _exact(weight) if is_float8tensor(weight) else weight) for name, weight in named_global_weights(chunks)
     ]
 
 

@@ -20,25 +20,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import (
     DistributedDataParallel,
     finalize_model_grads,
 )
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints.weights import load_weights
-from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
-from megatron_dypo.mcore.moe_router import mark_experts, moe_settings
+from megatron_dypo.mcore.features import Features, probe, require_fp8
+from megatron_dypo.mcore.layer_specs import chunk_spec
+from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
 from megatron_dypo.mcore.options.denied import MODEL
 from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, named, recompute
 from megatron_dypo.mcore.options.reading import Mapped, make
 from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
-from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
+from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.mcore.sizes import sizes
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
@@ -88,6 +89,7 @@ def build_model(
         held = [layer.layer_number - 1 for layer in module.decoder.layers]
         assert held == list(layers[layout.pp_rank][stage]), "Megatron lays the layers out in another way"
         wrapped = Float16Module(config, module) if config.bf16 else module
+        keep_bias_in_fp32(module)
         # Only the first chunk's gradients can be reduced while others still compute, so only it needs buckets.
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
         if overlap_param_gather:
@@ -109,10 +111,10 @@ def transformer_config(
     dtype = getattr(torch, model.dtype)  # the config's names are torch's
     interleaved = parallel.virtual_pipeline is not None
     return make(
-        TransformerConfig,
+        MLATransformerConfig if arch.latent else TransformerConfig,
         Mapped("model.megatron", model.megatron, MODEL),
         named(model, parallel),
-        **_sizes(arch),
+        **sizes(arch),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -131,7 +133,8 @@ def transformer_config(
         bias_activation_fusion=device.on_gpu(),
         bias_dropout_fusion=device.on_gpu(),
         masked_softmax_fusion=False,
-        apply_rope_fusion=features.transformer_engine,
+        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type.
+        apply_rope_fusion=features.transformer_engine and arch.latent is None,
         gradient_accumulation_fusion=features.grad_accumulation_fusion,
         attention_softmax_in_fp32=True,
         **recompute(model),
@@ -169,7 +172,7 @@ def _build_chunk(
     memory_mb = model.logprob_memory_mib
     chunk: PolicyModel = PolicyModel(
         config,
-        layer_spec(arch, features),
+        chunk_spec(arch, features, layout.mesh.chunks(arch.num_layers)[layout.pp_rank][stage]),
         vocab_size=arch.padded_vocab_size(layout.tensor),
         num_tokens=arch.vocab_size,
         logprob_memory=None if memory_mb is None else round(memory_mb * 2**20),
@@ -183,34 +186,10 @@ def _build_chunk(
         vp_stage=stage if layout.virtual_pipeline > 1 else None,
     ).to(device.device())
     mark_experts(chunk)
-    chunk.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(device.device())
+    frequencies = inverse_frequencies(arch).to(device.device())
+    for rotary in [layer.self_attention for layer in chunk.decoder.layers] if arch.latent else [chunk]:
+        rotary.rotary_pos_emb.inv_freq = frequencies
     return chunk
-
-
-def _sizes(arch: Architecture) -> dict[str, Any]:
-    return {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "softmax_scale": softmax_scale(arch),
-        "ffn_hidden_size": arch.ffn_hidden_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": arch.qkv_bias,
-        "qk_layernorm": arch.qk_norm,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        # Weights are loaded later, so no random values are drawn. perform_initialization=False would leave parameters
-        # without their tensor-parallel marks, and gradient norms would be wrong.
-        "init_method": _leave_as_is,
-        "output_layer_init_method": _leave_as_is,
-        "embedding_init_method": _leave_as_is,
-    }
 
 
 def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
@@ -227,17 +206,15 @@ def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
 def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features) -> dict[str, Any]:
     if arch.experts is None:
         return {}
+    pattern = {"moe_layer_freq": [int(arch.has_experts(layer)) for layer in range(arch.num_layers)]}
     coefficient = arch.experts.moe_aux_loss_coef if model.moe_aux_loss_coef is None else model.moe_aux_loss_coef
-    return moe_settings(
+    settings = moe_settings(
         arch.experts,
         grouped=features.transformer_engine,
         parallel=parallel,
         moe_aux_loss_coef=coefficient,
     )
-
-
-def _leave_as_is(weight: torch.Tensor) -> None:
-    """Do not initialise: keep the uninitialised memory."""
+    return {**settings, **(pattern if arch.has_both_kinds else {})}
 
 
 def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.mcore.compat.router import RouterWithOwnBalance
-from megatron_dypo.models.architecture import Experts
+from megatron_dypo.models.experts import BiasedSigmoid, Experts
 from megatron_dypo.parallel.device import device
 
 
@@ -68,6 +68,24 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
     """Yield the routers of this rank's layers; none in a dense model."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, BalancedRouter))
+
+
+def expert_biases(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the router biases of a chunk, [E] fp32, under their names in it. They are buffers, not parameters."""
+    for name, module in chunk.named_modules():
+        if isinstance(module, BalancedRouter) and module.expert_bias is not None:
+            yield f"{name}.expert_bias", module.expert_bias
+
+
+def keep_bias_in_fp32(chunk: torch.nn.Module) -> None:
+    """Make the router biases fp32 again, which a wrapper has converted to the parameters' type.
+
+    Megatron does so at the first forward pass only (transformer/moe/router.py:196 of 0.16.1), when loaded values would
+    be rounded already.
+    """
+    for module in chunk.modules():
+        if isinstance(module, BalancedRouter) and module.expert_bias is not None:
+            module.expert_bias = module.expert_bias.float()
 
 
 def mark_experts(chunk: torch.nn.Module) -> None:
@@ -143,4 +161,22 @@ def moe_settings(
         "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
+        "moe_shared_expert_intermediate_size": experts.shared_width or None,
+        **_sigmoid_settings(experts.biased_sigmoid),
+    }
+
+
+def _sigmoid_settings(router: BiasedSigmoid | None) -> dict[str, Any]:
+    if router is None:
+        return {}
+    is_limited = router.top_groups < router.num_groups
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,  # the bias stays as it was loaded
+        "moe_router_topk_scaling_factor": router.scale,
+        "moe_router_num_groups": router.num_groups if is_limited else None,
+        "moe_router_group_topk": router.top_groups if is_limited else None,
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",  # as in transformers, also for the logits
     }

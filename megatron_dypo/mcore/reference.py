@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.chunks import named_global_weights
 from megatron_dypo.mcore.fp8 import forget_quantized_weights, values
 from megatron_dypo.mcore.param_gather import finish_gather
 from megatron_dypo.parallel import device
@@ -34,7 +34,7 @@ class ReferencePolicy:
                 Collective over the world.
         """
         self._chunks, self._rewrite = chunks, rewrite
-        self._parameters = [parameter for _, parameter in named_global_parameters(chunks)]
+        self._parameters = [parameter for _, parameter in named_global_weights(chunks)]
         self._stored = [
             torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=device.on_gpu())
             for parameter in self._parameters

@@ -18,12 +18,12 @@ from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling, Llama3RopeSc
 
 
 def inverse_frequencies(arch: Architecture, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return [head_dim / 2], the angle per position of each rotated pair.
+    """Return [rotary_dim / 2], the angle per position of each rotated pair.
 
     In float32 the operations and their order are those of transformers (modeling_rope_utils.py), since at position
     100,000 even the last bit of a frequency matters.
     """
-    exponent = torch.arange(0, arch.head_dim, 2, dtype=dtype) / arch.head_dim
+    exponent = torch.arange(0, arch.rotary_dim, 2, dtype=dtype) / arch.rotary_dim
     period = arch.rope_theta**exponent
     scaling = arch.rope_scaling
     if isinstance(scaling, LinearRopeScaling):
@@ -39,11 +39,25 @@ def softmax_scale(arch: Architecture) -> float | None:
     """Return the factor on attention scores. None: 1/√head_dim, the default of every attention.
 
     YaRN multiplies the cosines and sines of queries and keys by its attention factor. This multiplies the scores by its
-    square.
+    square. Multi-head latent attention has a factor of its own, in :func:`latent_scale`.
     """
-    if not isinstance(arch.rope_scaling, YarnRopeScaling) or arch.rope_scaling.attention_factor == 1:
+    if (
+        arch.latent is not None
+        or not isinstance(arch.rope_scaling, YarnRopeScaling)
+        or arch.rope_scaling.attention_factor == 1
+    ):
         return None
     return arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
+
+
+def latent_scale(arch: Architecture) -> dict[str, float]:
+    """Return the fields from which Megatron computes the factor on the scores of multi-head latent attention:
+    (0.1 · ``mscale_all_dim`` · ln ``rotary_scaling_factor`` + 1)² / √channels of a query
+    (transformer/multi_latent_attention.py:113 of 0.16.1)."""
+    scaling = arch.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling):
+        return {"rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+    return {"rotary_scaling_factor": scaling.factor, "mscale_all_dim": scaling.mscale_all_dim}
 
 
 def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
@@ -64,12 +78,12 @@ def _yarn(period: Tensor, scaling: YarnRopeScaling, arch: Architecture) -> Tenso
     def pair_of(num_turns: float) -> float:
         """Return the index (a fraction) of the pair that turns ``num_turns`` times over the original positions."""
         turns_of_first = scaling.original_max_position_embeddings / (num_turns * 2 * math.pi)
-        return arch.head_dim * math.log(turns_of_first) / (2 * math.log(arch.rope_theta))
+        return arch.rotary_dim * math.log(turns_of_first) / (2 * math.log(arch.rope_theta))
 
     first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, arch.head_dim - 1)
+    first, last = max(first, 0), min(last, arch.rotary_dim - 1)
     if first == last:
         last += 0.001  # transformers' way around a division by zero
     slow = ((torch.arange(len(period), dtype=period.dtype) - first) / (last - first)).clamp(0, 1)

@@ -11,32 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dypo.models.experts import Experts, read_experts
 from megatron_dypo.models.hf.defaults import DEFAULTS, head_dim, key_value_heads, refuse_unsupported
 from megatron_dypo.models.hf.fields import Fields
 from megatron_dypo.models.hf.json_file import read_json_object, shown
 from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling, RopeScaling, YarnRopeScaling, read_rope
+from megatron_dypo.models.latent_attention import LatentAttention, read_latent_attention
 
 _NORM_EPSILON = 1e-6
 _MISTRAL_WINDOW = 4096
 
 FAMILIES = tuple(DEFAULTS)
 """Values of ``model_type`` that have a name table (``megatron_dypo.models.families``)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """The mixture of experts that replaces the MLP in every layer."""
-
-    num_experts: int
-    per_token: int
-    """Number of experts for each token: those with the largest router logits."""
-    ffn_hidden_size: int
-    """Intermediate size of one expert."""
-    normalized: bool
-    """Routing weights of a token sum to one (softmax over its chosen experts), or are taken from the softmax over all.
-    """
-    moe_aux_loss_coef: float
-    """``router_aux_loss_coef``: weight of the load-balancing loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +47,44 @@ class Architecture:
     qk_norm: bool
     experts: Experts | None = None
     """None: a dense MLP in every layer."""
+    latent: LatentAttention | None = None
+    """None: a query, a key and a value of ``head_dim`` channels for each head."""
+    num_mtp_layers: int = 0
+    """Layers after the last one that predict further tokens. They are not trained: their tensors are only carried from
+    one HF folder to another."""
     sliding_window: int | None = None
     """Number of last tokens that attention sees, the token itself included; None: all."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has experts instead of an MLP."""
+        return self.experts is not None and layer >= self.experts.num_dense_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Return how many layers have a dense MLP: the first ones."""
+        return self.num_layers if self.experts is None else self.experts.num_dense_layers
+
+    @property
+    def has_both_kinds(self) -> bool:
+        """Return whether some layers have experts and others have a dense MLP."""
+        return 0 < self.num_dense_layers < self.num_layers
+
+    @property
+    def rotary_dim(self) -> int:
+        """Return how many channels of a query or key head are rotated."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Return the channels of a value head."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    def cached_channels(self, tensor_parallel: int) -> int:
+        """Return the channels of keys and values that each of a server's ranks keeps for a token of one layer. Latent
+        vectors are whole on every rank."""
+        if self.latent is not None:
+            return self.latent.key_value_rank + self.latent.rope_dim
+        return 2 * max(1, self.num_key_value_heads // tensor_parallel) * self.head_dim
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Return the smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
@@ -149,14 +171,16 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         raise ValueError(f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}")
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    num_layers = fields.integer("num_hidden_layers")
     theta, scaling = read_rope(fields)
+    latent = read_latent_attention(fields, heads, scaling) if family == "deepseek_v3" else None
     return Architecture(
         family=family,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads(fields, heads, DEFAULTS[family]),
-        head_dim=head_dim(fields, hidden, heads, DEFAULTS[family]),
+        head_dim=latent.query_dim if latent else head_dim(fields, hidden, heads, DEFAULTS[family]),
         ffn_hidden_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
@@ -166,34 +190,15 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=_experts(fields) if family == "qwen3_moe" else None,
+        experts=read_experts(fields, num_layers),
+        latent=latent,
+        num_mtp_layers=_mtp_layers(fields) if family == "deepseek_v3" else 0,
         # Other families name a window that they do not use (``use_sliding_window: false``).
         sliding_window=fields.optional_integer("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
     )
 
 
-def _experts(fields: Fields) -> Experts:
-    # transformers 5 writes the number of experts under either name.
-    name = "num_experts" if "num_experts" in fields else "num_local_experts"
-    num_experts, per_token = fields.integer(name), fields.integer("num_experts_per_tok")
-    if "num_experts" in fields and "num_local_experts" in fields and fields.integer("num_local_experts") != num_experts:
-        fields.refuse("num_local_experts", f"must be the same as num_experts={num_experts}")
-    if per_token > num_experts:
-        fields.refuse("num_experts_per_tok", f"must not exceed {name}={num_experts}")
-    if fields.integer("decoder_sparse_step", 1) != 1:
-        fields.refuse("decoder_sparse_step", "only 1 is supported")
-    if fields.get("mlp_only_layers") not in (None, []):
-        fields.refuse("mlp_only_layers", "every layer must have experts")
-    normalized = fields.flag("norm_topk_prob", False)
-    if normalized and per_token == 1:
-        raise ValueError(
-            f"{fields.where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the "
-            "router cannot learn"
-        )
-    return Experts(
-        num_experts=num_experts,
-        per_token=per_token,
-        ffn_hidden_size=fields.integer("moe_intermediate_size"),
-        normalized=normalized,
-        moe_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001, least=0),
-    )
+def _mtp_layers(fields: Fields) -> int:
+    # transformers 5 reads the number under either name. 0 stands for none, and Fields.integer is for sizes.
+    name = "num_nextn_predict_layers" if "num_nextn_predict_layers" in fields else "num_mtp_layers"
+    return 0 if fields.get(name) == 0 else fields.integer(name, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dypo.fs import commit_folder, partial_path, start_folder
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.carried import find_carried, write_carried
 from megatron_dypo.models.families.registry import family_rows, match
 from megatron_dypo.models.gather import exhausted, iter_hf_tensors, part_name, sent_params, written_specs
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, finish_hf_folder, write_parts
@@ -35,8 +36,8 @@ def export_hf(
 
     Every rank passes its parameters, named with global indices. Ranks whose parameters other ranks write return at
     once; the writers must share one file system. Tensors are gathered over TP (experts: over ETP) one by one, never
-    over PP. Experts are written by the ranks that own them. Each writer quantises its tensors. Configuration and
-    tokenizer come from ``reference_hf_path``.
+    over PP. Experts are written by the ranks that own them. Each writer quantises its tensors. Configuration,
+    tokenizer and tensors that are not trained (:mod:`megatron_dypo.models.carried`) come from ``reference_hf_path``.
 
     Args:
         stop_ids: ids at which the policy stops; generation_config.json names them all. The global leader's count.
@@ -60,6 +61,8 @@ def export_hf(
         write_parts(partial_path(out_dir), part_name(layout), specs, tensors, bar, max_file_bytes)
     dist.barrier(group=layout.senders_group)
     if layout.is_global_leader:
+        carried = find_carried(Path(reference_hf_path), arch)
+        write_carried(partial_path(out_dir), carried, max_file_bytes=max_file_bytes, shows=True)
         config = quantization_config(arch, quantization)
         finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config, stop_ids)
         commit_folder(partial_path(out_dir), out_dir)

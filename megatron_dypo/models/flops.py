@@ -8,6 +8,8 @@ key-value heads of d channels, and a gated feed-forward layer of F channels::
     linear layers   2 · (H·d·(2h + 2g) + 3·H·F) · L        a multiplication and an addition for each parameter
     causal scores   2 · h·d · L²                           QKᵀ and PV, 2·h·d·L² each, half of it masked
 
+(multi-head latent attention: the parameters of its own projections, and the mean of a key's and a value's channels),
+
 and after the last layer, on response tokens only, ``2 · H·V · R``. As in these sources, norms, rotations, softmax and
 the embedding's look-up are left out, and the backward pass takes twice the forward's. The backward pass computes the
 output projection once more (:mod:`megatron_dypo.objective.fused_logprobs`), and also the parts that ``model.recompute``
@@ -50,14 +52,30 @@ def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:
         recompute: ``ModelConfig.recompute``. ``full`` repeats the forward pass of the layers, ``selective`` only that
             of their attention.
     """
-    width, passes = arch.num_attention_heads * arch.head_dim, 3
-    qkv_and_output = arch.hidden_size * (2 * width + 2 * arch.num_key_value_heads * arch.head_dim)
-    feed_forward = 3 * arch.hidden_size * arch.ffn_hidden_size
-    if arch.experts is not None:  # the experts of one token, and the router
-        chosen = 3 * arch.experts.ffn_hidden_size * arch.experts.per_token
-        feed_forward = arch.hidden_size * (chosen + arch.experts.num_experts)
+    passes = 3
+    width = arch.num_attention_heads * (arch.head_dim + arch.value_dim) // 2
+    feed_forward = arch.num_dense_layers * 3 * arch.hidden_size * arch.ffn_hidden_size
+    if arch.experts is not None:  # the experts of one token, those that every token passes, and the router
+        chosen = 3 * (arch.experts.ffn_hidden_size * arch.experts.per_token + arch.experts.shared_width)
+        feed_forward += (
+            (arch.num_layers - arch.num_dense_layers) * arch.hidden_size * (chosen + arch.experts.num_experts)
+        )
+    linear = arch.num_layers * _projections(arch) + feed_forward
     return SequenceCost(
-        linear=2.0 * arch.num_layers * (qkv_and_output + feed_forward) * (passes + (recompute == "full")),
+        linear=2.0 * linear * (passes + (recompute == "full")),
         quadratic=2.0 * arch.num_layers * width * (passes + (recompute in ("full", "selective"))),
         response=2.0 * arch.hidden_size * arch.vocab_size * (passes + 1),
     )
+
+
+def _projections(arch: Architecture) -> int:
+    """Return the parameters of a layer's attention, without norms."""
+    hidden, heads = arch.hidden_size, arch.num_attention_heads
+    output = heads * arch.value_dim * hidden
+    if arch.latent is None:
+        return hidden * arch.head_dim * (heads + 2 * arch.num_key_value_heads) + output
+    sizes = arch.latent
+    queries = heads * sizes.query_dim
+    query = hidden * queries if sizes.query_rank is None else sizes.query_rank * (hidden + queries)
+    down = hidden * (sizes.key_value_rank + sizes.rope_dim)
+    return query + down + sizes.key_value_rank * heads * (sizes.plain_dim + sizes.value_dim) + output

@@ -47,18 +47,26 @@ def check_tensor_parallel(arch: Architecture, size: int, *, axis: str = "tensor_
     """
     require_divides(axis, size, "num_attention_heads", arch.num_attention_heads)
     require_divides(axis, size, "num_key_value_heads", arch.num_key_value_heads)
-    if arch.experts is None:
+    if arch.num_dense_layers:
         require_divides(axis, size, "intermediate_size", arch.ffn_hidden_size)
+    if arch.experts is not None:
+        require_divides(axis, size, "n_shared_experts · moe_intermediate_size", arch.experts.shared_width)
 
 
 def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config) -> None:
     """Check that the shards of the linear layers suit the FP8 recipe.
 
     Raises:
-        ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``.
+        ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``;
+            or the model has multi-head latent attention.
     """
     if not fp8.is_on:
         return
+    require(
+        arch.latent is None,
+        f"model.fp8.recipe={fp8.recipe}",
+        f"must be none for a {arch.family} model: FP8 was not checked with multi-head latent attention",
+    )
     granule, tensor = fp8.token_multiple, parallel.tensor
     width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     sizes = {

@@ -58,12 +58,16 @@ def fill_random(
         rank, size = position.shard(is_expert=row.is_expert)
         is_shared = row.rule.mcore_shape(arch, size) == row.rule.mcore_shape(arch, 1)
         if parameter.dim() == 1:
-            parameter.fill_(0.0 if row.hf[0].endswith(".bias") else 1.0)
+            parameter.fill_(0.0 if _is_bias(row.hf[0]) else 1.0)
             continue
         key = f"{seed} {' '.join(row.hf)} {0 if is_shared else rank}"
         generator = torch.Generator(device=parameter.device)
         generator.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big"))
         parameter.normal_(0.0, _deviation(row, arch), generator=generator)
+
+
+def _is_bias(hf_name: str) -> bool:
+    return hf_name.rpartition(".")[2] in ("bias", "e_score_correction_bias")
 
 
 def _deviation(row: Row, arch: Architecture) -> float:
@@ -86,7 +90,7 @@ def random_weights(arch: Architecture, seed: int) -> dict[str, torch.Tensor]:
             continue
         for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True):
             if len(shape) == 1:
-                weights[name] = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+                weights[name] = torch.zeros(shape) if _is_bias(name) else torch.ones(shape)
             else:
                 weights[name] = torch.randn(shape, generator=generator) * _deviation(row, arch)
     return weights

@@ -146,6 +146,21 @@ class Copy(Rule):
 
 
 @dataclass(frozen=True)
+class ColumnParallel(Rule):
+    """A linear layer whose output features are split into equal runs, in HF's order: queries, keys and values from
+    latent vectors."""
+
+    shape: ShapeOf
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        return (self.shape(arch),)
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        local = _divide(self.shape(arch)[0], tp_size, "output features")
+        return [Piece(0, tp_rank * local, local)]
+
+
+@dataclass(frozen=True)
 class RowParallel(Rule):
     """A linear layer whose input features are split: attention and MLP outputs."""
 

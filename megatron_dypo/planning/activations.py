@@ -7,7 +7,8 @@ package. Neither keeps S × S attention scores. The counts are read off the tens
 unfused layers are measured too (``benchmarks/memory_model.py``).
 
 Symbols: H hidden size, h query heads, g key-value heads, d channels of a head, F channels of the feed-forward layer, e
-bytes of an element.
+bytes of an element. Multi-head latent attention keeps latent vectors beside norms and residuals, and a query, a key and
+a value of every head.
 
 With FP8 (fused only) a linear layer keeps a quantised copy of its input: ``planning/fp8.py``.
 """
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
+from megatron_dypo.models.latent_attention import LatentAttention
 from megatron_dypo.planning.fp8 import Quantized
 
 FP32 = 4
@@ -90,9 +93,12 @@ def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None
     heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + output_copy + FP32 * h
     # Inputs and outputs of both norms. An output is the input of a linear layer, and with experts also of the router.
     norms = 2 * e * H + saved * H + (e if arch.experts else saved) * H
-    ffn = 0.0 if arch.experts else (2 * e + saved) * arch.ffn_hidden_size
+    ffn = (2 * e + saved) * _dense_width(arch)
+    latents = 0.0
+    if arch.latent is not None:
+        heads, latents = _latent_heads(arch, e), e * _latent_vectors(arch.latent)
     return LayerBytes(
-        between=norms + _fused_experts(arch.experts, H, e, expert_tensor, saved),
+        between=norms + latents + _fused_experts(arch.experts, H, e, expert_tensor, saved),
         whole=0.0,
         split=heads + ffn,
         # Flash attention keeps only its output (the next projection's input) and one number a head.
@@ -120,11 +126,15 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
     # rotated q and k, and the projection's output.
     core = e * (qkv + h * d) + FP32 * h
     core_inputs = e * (h + g) * d + (0 if arch.qk_norm and not is_narrow else e * qkv)
-    ffn = 0 if arch.experts else 5 * arch.ffn_hidden_size
+    latents, ffn = 0.0, 5 * _dense_width(arch)
+    if arch.latent is not None:
+        # Values and outputs have a query's channels, some of them zeros (``mcore/attention.py``).
+        core, core_inputs = e * 4 * h * d + FP32 * h, e * h * (2 * d + arch.value_dim)
+        latents = e * arch.latent.rope_dim + sum(norm_bytes(n, e, fused=False) for n in _ranks(arch.latent))
     return LayerBytes(
-        between=2 * norm_bytes(H, e, fused=False) + experts,
-        whole=4 * d * e,  # cosines and sines, for q and for k
-        split=head_norms + e * (h * d + ffn) + core_inputs,
+        between=2 * norm_bytes(H, e, fused=False) + latents + experts,
+        whole=4 * arch.rotary_dim * e,  # cosines and sines, for q and for k
+        split=head_norms + e * (h * arch.value_dim + ffn) + core_inputs,
         attention=core - core_inputs,
         input=e * H,
         backward=e * 2 * _widest(arch),
@@ -146,13 +156,33 @@ def _fused_experts(experts: Experts | None, H: int, e: int, split: int, saved: f
     return _router(experts) + experts.per_token * (saved * (split * H + F) + e * 2 * F)
 
 
+def _dense_width(arch: Architecture) -> int:
+    """Return the channels of the layer's MLP, or of the one that every token passes beside its experts."""
+    return arch.experts.shared_width if arch.experts else arch.ffn_hidden_size
+
+
+def _latent_heads(arch: Architecture, e: int) -> int:
+    """Return the bytes of queries, keys, values and outputs of all heads, and of one number a head."""
+    h = arch.num_attention_heads
+    return e * 2 * h * (arch.head_dim + arch.value_dim) + FP32 * h
+
+
+def _ranks(latent: LatentAttention) -> list[int]:
+    return [latent.key_value_rank, *([latent.query_rank] if latent.query_rank is not None else [])]
+
+
+def _latent_vectors(latent: LatentAttention) -> int:
+    """Return the channels of the latent vectors, before and after their norms, and of the rotated key."""
+    return 2 * sum(_ranks(latent)) + latent.rope_dim
+
+
 def _router(experts: Experts) -> int:
     return 3 * FP32 * experts.num_experts
 
 
 def _widest(arch: Architecture) -> int:
     experts = arch.experts
-    return experts.ffn_hidden_size * experts.per_token if experts else arch.ffn_hidden_size
+    return max(experts.ffn_hidden_size * experts.per_token if experts else 0, _dense_width(arch))
 
 
 def _sizes(arch: Architecture) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ on parameters and activations.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from megatron_dypo.config.tree import Config
@@ -45,6 +46,7 @@ def stage_counts(setting: Setting, stage: int) -> Counts:
         is_first=stage == 0,
         is_last=stage == parallel.pipeline - 1,
         fp8_layers=_fp8_layers(setting, stage),
+        dense_layers=_dense_layers(setting, stage),
     )
 
 
@@ -138,6 +140,12 @@ def _fp8_layers(setting: Setting, stage: int) -> int:
     return fp8_layers(setting.config.model.fp8, setting.mesh, setting.arch.num_layers, stage)
 
 
+def _dense_layers(setting: Setting, stage: int) -> int:
+    """Return how many layers of a stage have an MLP."""
+    arch = setting.arch
+    return sum(not arch.has_experts(layer) for layer in setting.mesh.layers_of(stage, arch.num_layers))
+
+
 def _activations(setting: Setting, stage: int) -> Term:
     """Return the memory that layers keep from forward to backward pass, over all microbatches in flight."""
     cfg, arch, e = setting.config, setting.arch, setting.element
@@ -162,18 +170,24 @@ def _activations(setting: Setting, stage: int) -> Term:
 
 
 def _mean_kept(setting: Setting, stage: int) -> float:
-    """Return the bytes for each token that a layer of the stage keeps, averaged over bf16 and FP8 layers."""
+    """Return the bytes for each token that a layer of the stage keeps, averaged over bf16 and FP8 layers, and over
+    layers with an MLP and with experts."""
     parallel, recompute = setting.config.parallel, setting.config.model.recompute
-    narrow = _fp8_layers(setting, stage) / setting.mesh.stage_layers(setting.arch.num_layers)[stage]
-    bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
-    return bf16 + narrow * (fp8 - bf16)
+    layers = setting.mesh.stage_layers(setting.arch.num_layers)[stage]
+    narrow, dense = _fp8_layers(setting, stage) / layers, _dense_layers(setting, stage) / layers
+
+    def mean(kind: bool) -> float:
+        bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting, kind))
+        return bf16 + narrow * (fp8 - bf16)
+
+    return dense * (mean(False) if dense else 0.0) + (1 - dense) * (mean(True) if dense < 1 else 0.0)
 
 
-def _layers(setting: Setting) -> tuple[LayerBytes, LayerBytes]:
+def _layers(setting: Setting, has_experts: bool) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes of a layer in the parameters' type, and of one in FP8; without FP8 both are the same."""
     make = partial(
         layer_bytes,
-        setting.arch,
+        setting.arch if has_experts else replace(setting.arch, experts=None),
         setting.element,
         fused=setting.fused,
         expert_tensor=setting.config.parallel.expert_tensor,
@@ -185,7 +199,9 @@ def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
     """Return the memory, besides activations, of the backward pass of one layer, or of the loss if it needs more."""
     parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
     recompute = setting.config.model.recompute
-    working = max(layer.working(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
+    kinds = {setting.arch.has_experts(layer) for layer in setting.mesh.layers_of(stage, setting.arch.num_layers)}
+    layers = [layer for kind in kinds for layer in _layers(setting, kind)]
+    working = max(layer.working(recompute, parallel.tensor, parallel.sequence) for layer in layers)
     backward = tokens * working + setting.element * counts.largest  # a weight's gradient, before it is added
     loss = _loss(setting, tokens) if stage == parallel.pipeline - 1 else 0.0
     why = "backward pass of one layer" if backward > loss else "the loss: logits, gradients of hidden states and weight"

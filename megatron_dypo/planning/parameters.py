@@ -57,29 +57,32 @@ def stage_parameters(
     is_last: bool,
     expert_tensor: int = 1,
     fp8_layers: int = 0,
+    dense_layers: int = 0,
 ) -> Counts:
-    """Count the parameters on one rank of a pipeline stage that holds ``layers`` layers, ``fp8_layers`` of them in FP8.
+    """Count the parameters on one rank of a pipeline stage that holds ``layers`` layers, ``fp8_layers`` of them in FP8
+    and, if the model has layers of two kinds, ``dense_layers`` with an MLP.
 
     With tied embeddings, a stage that is both first and last holds one copy of the embedding; otherwise the last stage
     holds a second copy.
     """
     dense = experts = largest = fp8 = 0
     for row in table(arch):
-        copies = _copies(row, arch, expert, layers, is_first, is_last)
+        holding = _holding(row, layers, dense_layers)
+        copies = _copies(row, arch, expert, holding, is_first, is_last)
         size = math.prod(row.rule.mcore_shape(arch, expert_tensor if row.is_expert else tensor))
         largest = max(largest, size if copies else 0)
         if row.is_expert:
             experts += copies * size
         else:
             dense += copies * size
-        if _is_linear(row):
+        if _is_linear(row) and fp8_layers:
             fp8 += copies // layers * fp8_layers * size
     return Counts(dense=dense, experts=experts, largest=largest, fp8=fp8)
 
 
 def whole_model(arch: Architecture) -> Counts:
     """Count the parameters of the whole policy, as a server holds it."""
-    return stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=True, is_last=True)
+    return _whole(arch, with_embeddings=True)
 
 
 def served_bytes(arch: Architecture, element: int, quantization: Quantization) -> ServedBytes:
@@ -91,7 +94,8 @@ def served_bytes(arch: Architecture, element: int, quantization: Quantization) -
     """
     dense = experts = 0
     for row in table(arch):
-        copies = _copies(row, arch, 1, arch.num_layers, is_first=True, is_last=True)
+        holding = _holding(row, arch.num_layers, arch.num_dense_layers)
+        copies = _copies(row, arch, 1, holding, is_first=True, is_last=True)
         is_narrow = quantization != "none" and _is_linear(row)
         for shape in row.rule.hf_shapes(arch):
             size = math.prod(shape)
@@ -105,16 +109,33 @@ def served_bytes(arch: Architecture, element: int, quantization: Quantization) -
 
 def active_parameters(arch: Architecture) -> int:
     """Count the parameters of the layers that a token uses: all dense ones, and those of the experts that it visits."""
-    counts = stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=False, is_last=False)
+    counts = _whole(arch, with_embeddings=False)
     if arch.experts is None:
         return counts.dense
     return counts.dense + counts.experts * arch.experts.per_token // arch.experts.num_experts
+
+
+def _whole(arch: Architecture, *, with_embeddings: bool) -> Counts:
+    return stage_parameters(
+        arch,
+        tensor=1,
+        expert=1,
+        layers=arch.num_layers,
+        is_first=with_embeddings,
+        is_last=with_embeddings,
+        dense_layers=arch.num_dense_layers,
+    )
 
 
 def _is_linear(row: Row) -> bool:
     """Return whether a parameter is the weight of a transformer's linear layer, which trainer and servers can hold in
     FP8."""
     return all(is_quantized(name) for name in row.at(0, 0).hf)
+
+
+def _holding(row: Row, layers: int, dense_layers: int) -> int:
+    """Return how many of ``layers`` layers have a parameter, if ``dense_layers`` of them have an MLP."""
+    return {"all": layers, "dense": dense_layers, "experts": layers - dense_layers}[row.layers]
 
 
 def _copies(row: Row, arch: Architecture, expert: int, layers: int, is_first: bool, is_last: bool) -> int:

@@ -48,8 +48,7 @@ class Server:
 def make_server(setting: Setting) -> Server:
     """Return a server of the config."""
     arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
-    heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
-    per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
+    per_token = float(arch.num_layers * arch.cached_channels(servers.tensor_parallel) * e)
     weights, tensor = served_bytes(arch, e, setting.config.refit.quantize), servers.tensor_parallel
     beside = trainer_bytes(setting)
     static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory

@@ -171,7 +171,8 @@ def _tensor_seconds(setting: Setting, hidden: float, passes: int, is_update: boo
 
 def _context_seconds(setting: Setting, tokens: float, is_update: bool) -> float:
     parallel, arch = setting.config.parallel, setting.arch
-    kv = 2 * tokens * arch.num_key_value_heads * arch.head_dim * setting.element / parallel.tensor
+    channels = arch.num_key_value_heads * (arch.head_dim + arch.value_dim)
+    kv = tokens * channels * setting.element / parallel.tensor
     rounds = (3 if is_update else 1) * (parallel.context - 1)
     return RING_EXPOSED * rounds * kv / _link(setting, parallel.tensor * parallel.context)
 

@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import experts_from_data
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
+from megatron_dypo.models.latent_attention import LatentAttention
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.parallel.stores import StoreAddress
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Number of the protocol: this message, and the data on the store and the links. Both sides must have the same."""
 
 GO = "go"
@@ -133,8 +135,8 @@ def from_named_tensors(named_tensors: list[tuple[str, Tensor]]) -> ControlMessag
 def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     arch = dict(fields["arch"])
     arch["rope_scaling"] = rope_scaling_from_data(arch["rope_scaling"])
-    if arch["experts"] is not None:
-        arch["experts"] = Experts(**arch["experts"])
+    arch["experts"] = experts_from_data(arch["experts"])
+    arch["latent"] = None if arch["latent"] is None else LatentAttention(**arch["latent"])
     servers = tuple(ServerMesh(**server) for server in fields["servers"])
     source = Mesh(**fields["source"])
     return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "servers": servers})

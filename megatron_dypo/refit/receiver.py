@@ -71,6 +71,7 @@ class Session:
         """
         deadline = Deadline(message.timeout_s)
         self.connection = message.connection
+        self._model = model
         self._params = {name: param.detach() for name, param in model.named_parameters()}
         store.set(inventory_key(message.server, message.server_rank), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
@@ -112,6 +113,7 @@ class Session:
         lost = [f"from trainer rank {one.source}: {why}" for one, why in zip(receivers, errors, strict=True) if why]
         if lost:
             raise RuntimeError("; ".join(lost))
+        derive_again(self._model)
         return sum(receiver.num_bytes for receiver in receivers)
 
     def close(self) -> None:
@@ -124,6 +126,19 @@ class Session:
         for transfer in transfers:
             missing[transfer.served_name] -= transfer.rows * transfer.cols
         return [name for name, left in missing.items() if left]
+
+
+def derive_again(model: torch.nn.Module) -> None:
+    """Let SGLang compute again the tensors that it derived from parameters when it loaded the model, in place.
+
+    Multi-head latent attention has such (``w_kc`` and ``w_vc``, from ``kv_b_proj``). SGLang 0.5.23 derives them at the
+    end of a session only if nothing was loaded in it (``managers/scheduler_components/weight_updater.py:330``), and a
+    custom loader counts as loading. Without this, servers would sample from the old keys and values.
+    """
+    derive = getattr(model, "post_load_weights", None)
+    if derive is not None:
+        derive()
+        device.synchronize()
 
 
 def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:

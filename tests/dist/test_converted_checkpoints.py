@@ -34,7 +34,7 @@ def kinds_of(axes: dict) -> list[str]:
     Layouts that spread or split experts get mixtures of experts. Others get dense models: all kinds on one rank and in
     the layout that has every axis; elsewhere one of each combination of tied embeddings, biases and norms."""
     if {"expert", "expert_tensor"} & axes.keys():
-        return ["qwen3_moe"]
+        return ["qwen3_moe", "deepseek_v3"] if "expert_tensor" not in axes else ["qwen3_moe", "moonlight"]
     return list(KINDS) if not axes or "first_stage_layers" in axes else ["llama_tied", "qwen2", "qwen3"]
 
 
@@ -58,13 +58,13 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
 
 def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.chunks import named_global_weights
 
     hf = root / "hf" / kind
     arch = load_architecture(hf)
     chunks = _load(hf, None, arch, parallel, layout)
-    converted = dict(named_global_parameters(_load(hf, root / "mcore" / kind, arch, parallel, layout)))
-    named = dict(named_global_parameters(chunks))
+    converted = dict(named_global_weights(_load(hf, root / "mcore" / kind, arch, parallel, layout)))
+    named = dict(named_global_weights(chunks))
     assert named.keys() == converted.keys()
     _save(chunks, root / "trained" / kind / "mcore", layout)
     for _ in range(2):  # the second save replaces the first
@@ -115,7 +115,7 @@ def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for kind in (*KINDS, "qwen3_moe"):
+    for kind in (*KINDS, "qwen3_moe", "deepseek_v3", "moonlight"):
         make_hf_model(kind, root / "hf" / kind)
     return root / "hf"
 
@@ -175,14 +175,17 @@ def test_every_stage_and_every_owner_of_experts_writes_its_own_files(ran) -> Non
         for file in (root / "exports" / kind).glob("*.safetensors"):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118, a safetensors handle is no mapping
-                    writers.setdefault(writer_of(name, axes), set()).add(file.name)
+                    writers.setdefault(writer_of(name, axes, NUM_EXPERTS[kind]), set()).add(file.name)
         assert len(writers) == stages * owners
         assert all(len(files) == 1 for files in writers.values()), writers
         assert len(set.union(*writers.values())) == len(writers)
 
 
-def writer_of(name: str, axes: dict) -> tuple[int, int]:
-    """Return the pipeline stage and expert rank that hold a tensor of a model with four layers and four experts."""
+NUM_EXPERTS = {**dict.fromkeys(KINDS, 1), "qwen3_moe": 4, "deepseek_v3": 8, "moonlight": 8}
+
+
+def writer_of(name: str, axes: dict, experts: int) -> tuple[int, int]:
+    """Return the pipeline stage and expert rank that hold a tensor of a model with four layers."""
     stages, owners = axes.get("pipeline", 1), axes.get("expert", 1)
     parts = name.split(".")
     if parts[1] != "layers":
@@ -190,7 +193,7 @@ def writer_of(name: str, axes: dict) -> tuple[int, int]:
     chunks = stages * axes.get("virtual_pipeline", 1)
     layer, in_first = int(parts[2]), axes.get("first_stage_layers")
     stage = layer * chunks // 4 % stages if in_first is None else int(layer >= in_first)
-    return stage, int(parts[5]) * owners // 4 if parts[4] == "experts" else 0
+    return stage, int(parts[5]) * owners // experts if parts[4] == "experts" else 0
 
 
 def assert_same_folder(expected: Path, actual: Path) -> None:

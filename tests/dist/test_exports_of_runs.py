@@ -25,11 +25,12 @@ CASES = {
     "context": ("qwen3", 2, {"context": 2}, {"distributed": True}),
     "tensor and pipeline": ("mistral", 4, {"tensor": 2, "pipeline": 2}, {"distributed": True}),
     "experts": ("qwen3_moe", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
+    "latent attention": ("deepseek_v3", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
     "split experts": ("qwen3_moe", 4, {"expert": 2, "expert_tensor": 2}, {}),
     "tensor and experts": ("qwen3_moe", 4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, {}),
 }
 """Model, ranks, axes and options of the run."""
-QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts")
+QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts", "latent attention")
 """Cases that are not left to the slow tests."""
 STOP_IDS = (2, 7)
 """Ids at which the policy stops; generation_config.json of the model names the first one."""
@@ -41,7 +42,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     """Make two updates, and after each a checkpoint (the first weights are its reference policy) and an export."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
-    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.chunks import named_global_weights
     from megatron_dypo.mcore.reference import ReferencePolicy
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
@@ -53,7 +54,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     reference = ReferencePolicy(session.chunks)
 
     def export(name: str, **options: Any) -> None:
-        params = named_global_parameters(session.chunks)
+        params = named_global_weights(session.chunks)
         out_dir = f"{run_dir}/expected/{name}"
         export_hf(
             params, session.arch, layout, out_dir=out_dir, reference_hf_path=path, stop_ids=STOP_IDS, **options

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.models.architecture import Experts
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.refit.plan.refit_plan import Mesh
 from tests.support.architectures import make_arch
 from tests.support.dist.spawn import join_world, run_ranks

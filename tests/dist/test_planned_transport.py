@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit

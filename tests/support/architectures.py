@@ -8,7 +8,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dypo.models.architecture import FAMILIES, Architecture, Experts
+from megatron_dypo.models.architecture import FAMILIES, Architecture
+from megatron_dypo.models.experts import BiasedSigmoid, Experts
+from megatron_dypo.models.latent_attention import LatentAttention
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
@@ -32,6 +34,19 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
         switches["experts"] = Experts(
             num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, moe_aux_loss_coef=0.0
         )
+    if family == "deepseek_v3":
+        switches["experts"] = Experts(
+            num_experts=6,
+            per_token=4,
+            ffn_hidden_size=7,
+            normalized=True,
+            moe_aux_loss_coef=0.0,
+            num_dense_layers=1,
+            shared_width=14,
+            biased_sigmoid=BiasedSigmoid(num_groups=3, top_groups=2, scale=2.5),
+        )
+        switches["latent"] = LatentAttention(query_rank=11, key_value_rank=9, plain_dim=5, rope_dim=4, value_dim=6)
+        switches |= {"num_key_value_heads": 8, "head_dim": 9}
     return Architecture(**{"family": family, **sizes, **switches, **overrides})
 
 
@@ -59,7 +74,9 @@ def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
     )
     if arch.experts is not None:
         width = tp_size * draw(st.integers(1, 3))
-        arch = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, ffn_hidden_size=width))
+        shared = 2 * width if arch.experts.shared_width else 0
+        experts = dataclasses.replace(arch.experts, ffn_hidden_size=width, shared_width=shared)
+        arch = dataclasses.replace(arch, experts=experts)
     return arch, tp_size
 
 

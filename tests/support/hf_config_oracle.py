@@ -22,6 +22,9 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
     """Return field of :class:`Architecture` → value by transformers; rotary fields are compared by their effect."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, attention_factor = _rotary(config, head_dim)
+    is_latent = config.model_type == "deepseek_v3"
+    if is_latent:  # head_dim is that of the rotated channels there
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     fields = {
         "family": config.model_type,
         "num_layers": config.num_hidden_layers,
@@ -39,6 +42,26 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
         "frequencies": frequencies,
         "softmax_scale": attention_factor**2 / math.sqrt(head_dim),
     }
+    fields["latent"], fields["num_mtp_layers"] = None, 0
+    if is_latent:
+        fields["latent"] = (
+            config.q_lora_rank,
+            config.kv_lora_rank,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        fields["num_mtp_layers"] = config.num_mtp_layers
+        fields["experts"] = (
+            config.n_routed_experts,
+            config.num_experts_per_tok,
+            config.moe_intermediate_size,
+            config.norm_topk_prob,
+            0.0,
+            config.first_k_dense_replace,
+            config.n_shared_experts * config.moe_intermediate_size,
+            (config.n_group, config.topk_group, config.routed_scaling_factor),
+        )
     if config.model_type == "qwen3_moe":
         fields["experts"] = (
             config.num_experts,
@@ -46,6 +69,9 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
             config.moe_intermediate_size,
             config.norm_topk_prob,
             config.router_aux_loss_coef,
+            0,
+            0,
+            None,
         )
     return fields
 
@@ -59,7 +85,10 @@ def as_we_read(arch: Architecture) -> dict[str, Any]:
     fields["frequencies"] = inverse_frequencies(arch)
     fields["softmax_scale"] = softmax_scale(arch) or 1 / math.sqrt(arch.head_dim)
     if arch.experts is not None:
-        fields["experts"] = tuple(vars(arch.experts).values())
+        *experts, router = vars(arch.experts).values()
+        fields["experts"] = (*experts, tuple(vars(router).values()) if router else None)
+    if arch.latent is not None:
+        fields["latent"] = tuple(vars(arch.latent).values())
     return fields
 
 

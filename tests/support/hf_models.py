@@ -31,9 +31,49 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _EXPERTS = {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 40.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+_LATENT = {
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 16,
+    "num_nextn_predict_layers": 0,
+    "routed_scaling_factor": 2.446,
+    # Fields of published files that transformers' class does not know, and SGLang reads.
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+MOONLIGHT = {**_LATENT, "q_lora_rank": None, "n_shared_experts": 2, "n_group": 1, "topk_group": 1}
+DEEPSEEK = {
+    **_LATENT,
+    "q_lora_rank": 24,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "rope_parameters": DEEPSEEK_YARN,
+}
+
 MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe_raw_weights": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": False}),
+    "moonlight": ("DeepseekV3Config", {**MOONLIGHT, "num_experts_per_tok": 3}),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
 }
 """Kinds with experts, which refuse some layouts that dense models accept."""
 
@@ -77,6 +117,10 @@ def make_hf_model(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, 
                 parameter.normal_(0, 0.05)
             else:
                 parameter.normal_(1, 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # as published, in fp32 beside weights in bf16
+                owner = model.get_submodule(name.rpartition(".")[0])
+                owner.e_score_correction_bias = torch.empty_like(buffer, dtype=torch.float32).normal_(0, 0.05)
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(path)
     save_tokenizer(path, config.vocab_size)

@@ -12,10 +12,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
 from tests.support.architectures import divisors, make_arch
+from tests.support.present import present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,13 @@ def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
     )
 
 
+QUANTIZABLE = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = (*QUANTIZABLE, "deepseek_v3")
+"""Families of cases."""
+
+
 @st.composite
-def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")) -> Case:
+def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = FAMILIES) -> Case:
     """Draw cases in which every size that may be cut is a multiple of ``unit`` on each rank."""
     family = draw(st.sampled_from(families))
     tensor = draw(st.sampled_from([1, 2, 4] if unit == 1 else [1, 2]))
@@ -51,7 +58,7 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", 
     )
     server_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 8] if unit == 1 else [1, 2, 4]), min_size=1, max_size=3))
     servers = tuple(ServerMesh(tensor=size) for size in server_sizes)
-    if family == "qwen3_moe":
+    if family in ("qwen3_moe", "deepseek_v3"):
         expert = draw(st.sampled_from(divisors(source.stage_size)))
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
         source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
@@ -85,6 +92,19 @@ def _architectures(
         num_experts = math.lcm(source.expert, *(server.expert for server in servers))
         width = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers)) * unit
         overrides["experts"] = qwen3_moe_experts(num_experts * draw(st.integers(1, 2)), width * draw(st.integers(1, 2)))
+    if family == "deepseek_v3":
+        split = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers))
+        kv_heads, latent = heads, make_arch(family).latent
+        assert latent is not None
+        overrides["latent"] = dataclasses.replace(latent, query_rank=draw(st.sampled_from([None, 11])))
+        overrides["experts"] = dataclasses.replace(
+            present(make_arch(family).experts),
+            num_experts=math.lcm(source.expert, *(server.expert for server in servers)) * draw(st.integers(1, 2)),
+            ffn_hidden_size=split,
+            shared_width=common * draw(st.integers(1, 2)),
+            num_dense_layers=draw(st.integers(0, num_layers - 1)),
+        )
+        head_dim = latent.query_dim
     return make_arch(
         family,
         num_layers=num_layers,
@@ -125,28 +145,45 @@ class NaiveServerRank:
         """Load one kind of tensors as one layer's QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear and
         FusedMoE do."""
         attention = prefix + "self_attn."
-        query, key, value = (hf[f"{attention}{name}_proj.{kind}"] for name in "qkv")
-        tensors = {
-            f"{attention}qkv_proj.{kind}": torch.cat([self._part(query), self._kv_heads(key), self._kv_heads(value)])
-        }
+        tensors = (self._latent if self._arch.latent else self._qkv)(hf, attention, kind)
         if kind == "bias":
             return tensors
         tensors[f"{attention}o_proj.{kind}"] = self._inputs(hf[f"{attention}o_proj.{kind}"])
-        if self._arch.experts is not None:
-            return {**tensors, **self._experts(hf, f"{prefix}mlp.experts.", kind)}
-        gate, up, down = (hf[f"{prefix}mlp.{name}_proj.{kind}"] for name in ("gate", "up", "down"))
-        tensors[f"{prefix}mlp.gate_up_proj.{kind}"] = torch.cat([self._part(gate), self._part(up)])
-        tensors[f"{prefix}mlp.down_proj.{kind}"] = self._inputs(down)
+        if f"{prefix}mlp.gate_proj.{kind}" in hf:
+            return {**tensors, **self._mlp(hf, f"{prefix}mlp.", kind)}
+        shared = f"{prefix}mlp.shared_experts."
+        if f"{shared}up_proj.{kind}" in hf:
+            tensors |= self._mlp(hf, shared, kind)
+        return {**tensors, **self._experts(hf, f"{prefix}mlp.experts.", kind)}
+
+    def _qkv(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
+        query, key, value = (hf[f"{prefix}{name}_proj.{kind}"] for name in "qkv")
+        return {f"{prefix}qkv_proj.{kind}": torch.cat([self._part(query), self._kv_heads(key), self._kv_heads(value)])}
+
+    def _latent(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
+        """Load as deepseek_weight_loader.py does: down-projections are replicated, and fused if both are there."""
+        down = hf[f"{prefix}kv_a_proj_with_mqa.{kind}"]
+        tensors = {f"{prefix}kv_b_proj.{kind}": self._part(hf[f"{prefix}kv_b_proj.{kind}"])}
+        if f"{prefix}q_proj.{kind}" in hf:
+            tensors[f"{prefix}q_proj.{kind}"] = self._part(hf[f"{prefix}q_proj.{kind}"])
+            return {**tensors, f"{prefix}kv_a_proj_with_mqa.{kind}": down}
+        tensors[f"{prefix}q_b_proj.{kind}"] = self._part(hf[f"{prefix}q_b_proj.{kind}"])
+        tensors[f"{prefix}fused_qkv_a_proj_with_mqa.{kind}"] = torch.cat([hf[f"{prefix}q_a_proj.{kind}"], down])
         return tensors
+
+    def _mlp(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
+        gate, up, down = (hf[f"{prefix}{name}_proj.{kind}"] for name in ("gate", "up", "down"))
+        inputs = torch.cat([self._part(gate), self._part(up)])
+        return {f"{prefix}gate_up_proj.{kind}": inputs, f"{prefix}down_proj.{kind}": self._inputs(down)}
 
     def whole(self, hf: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return all tensors of an unquantised model."""
         arch = self._arch
-        tensors = {name: tensor for name, tensor in hf.items() if "norm" in name or name.endswith("mlp.gate.weight")}
+        tensors = {name: tensor for name, tensor in hf.items() if "norm" in name or ".mlp.gate." in name}
         tensors["model.embed_tokens.weight"] = self._vocabulary(hf["model.embed_tokens.weight"])
         if not arch.tied_embeddings:
             tensors["lm_head.weight"] = self._vocabulary(hf["lm_head.weight"])
-        elif arch.experts is not None:
+        elif arch.family == "qwen3_moe":
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         for layer in range(arch.num_layers):
             for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):

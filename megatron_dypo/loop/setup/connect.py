@@ -20,7 +20,7 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.chunks import named_global_weights
 from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.routing_replay import route_shape
 from megatron_dypo.parallel import device
@@ -102,7 +102,7 @@ def connect(
     refitter = Refitter(
         policy.layout,
         policy.arch,
-        lambda: named_global_parameters(policy.chunks),
+        lambda: named_global_weights(policy.chunks),
         urls=urls,
         api_key=api_key,
         config=config.refit,

@@ -49,6 +49,7 @@ from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
 from megatron_dypo.mcore.checkpoints.weights import fill, model_state, read_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.models.carried import point_to_carried
 from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -105,7 +106,9 @@ def begin_save(
         _write_state(partial_of(final), layout, header, leader_state)
         if layout.is_global_leader and hf_path is not None:
             (partial_of(final) / _WEIGHTS / HF_FOLDER).mkdir()
-            copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
+            beside = partial_of(final) / _WEIGHTS / HF_FOLDER
+            copy_beside(Path(hf_path), beside, stop_ids=stop_ids)
+            point_to_carried(beside, Path(hf_path))
         dist.barrier()
     except (CheckpointException, OSError) as error:
         if layout.is_global_leader:

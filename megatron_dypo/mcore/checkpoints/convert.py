@@ -18,13 +18,22 @@ from megatron_dypo.mcore.checkpoints.torch_dist_writer import MCoreWriter, Store
 from megatron_dypo.mcore.checkpoints.verify import find_damage_of_weights
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
-from megatron_dypo.models.families.registry import FINAL_NORM_STATE, family_rows, stacked_shape, state_keys, stored_key
+from megatron_dypo.models.carried import find_carried, keep_carried, write_carried
+from megatron_dypo.models.families.registry import (
+    FINAL_NORM_STATE,
+    family_rows,
+    layer_of,
+    stacked_shape,
+    state_keys,
+    stored_key,
+)
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
 from megatron_dypo.models.layout_rules import check_tensor_parallel
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.models.quantized.refusals import require_quantizable
 from megatron_dypo.models.rules import Chunk
 from megatron_dypo.parallel.mesh import Mesh
 
@@ -46,6 +55,7 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
     stage_of = {layer: s for s in range(mesh.pipeline) for layer in mesh.layers_of(s, arch.num_layers)}
     reader = HFReader(hf_path)
     reader.check_complete(arch)
+    carried = find_carried(hf_path, arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
     _check_types(rows, reader, arch)
     total = sum(math.prod(row.rule.stored_shape(arch, mesh.tensor)) * reader.dtype(row.hf[0]).itemsize for row in rows)
@@ -61,6 +71,7 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
         writer.finish()
         (folder / HF_FOLDER).mkdir()
         copy_beside(hf_path, folder / HF_FOLDER)
+        keep_carried(folder / HF_FOLDER, carried)
         write_manifest(folder, record_files(folder, list_files(folder)))
 
 
@@ -96,6 +107,7 @@ def mcore_to_hf(
     reader = MCoreReader(mcore_path)
     reference = _reference(reader, hf_reference)
     arch = load_architecture(reference)
+    require_quantizable(arch, quantization)
     check_tensor_parallel(arch, tensor_parallel)
     require(
         1 <= pipeline_parallel <= arch.num_layers,
@@ -105,6 +117,7 @@ def mcore_to_hf(
     reader.check_complete(arch)
     if verify and (damage := find_damage_of_weights(reader.path, wanted=reader.reads)):
         raise ValueError(damage)
+    carried = find_carried(reference, arch)
     parts = {
         stem: [(row, quantized_specs(_specs(row, reader, arch), quantization)) for row in rows]
         for stem, rows in _rows_by_part(reader, arch).items()
@@ -118,6 +131,7 @@ def mcore_to_hf(
             tensors = (pair for row, _ in rows for pair in zip(row.hf, reader.read_hf(row, arch), strict=True))
             specs = [spec for _, of_row in rows for spec in of_row]
             write_parts(folder, stem, specs, quantized_tensors(tensors, quantization), bar, max_file_bytes)
+        write_carried(folder, carried, max_file_bytes=max_file_bytes, shows=show_progress)
         finish_hf_folder(folder, reference, quantization_config(arch, quantization))
 
 
@@ -163,15 +177,15 @@ def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
 
 
 def _stage(row: Row, arch: Architecture, stage_of: Mapping[int, int]) -> int:
-    index = stored_key(row.mcore, arch)[1]
-    if index:
-        return stage_of[index[0]]
+    layer = layer_of(row)
+    if layer is not None:
+        return stage_of[layer]
     return min(stage_of.values()) if row.mcore.startswith("embedding.") else max(stage_of.values())
 
 
 def _states(stage: list[Row], arch: Architecture) -> list[str]:
     """Return the keys of the states of a stage's modules. The final norm is on the last stage."""
-    layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
+    layers = sorted({layer for row in stage if (layer := layer_of(row)) is not None})
     is_last = any(row.mcore == "decoder.final_layernorm.weight" for row in stage)
     return [key for layer in layers for key in state_keys(layer, arch)] + [FINAL_NORM_STATE] * is_last
 
@@ -197,7 +211,7 @@ def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_siz
         sizes[dim], offsets[dim] = chunk.length, chunk.stored_start
         yield StoredChunk(
             key=key,
-            shape=(*stacked_shape(index, arch), *whole),
+            shape=(*stacked_shape(row.mcore, arch), *whole),
             offsets=(*index, *offsets),
             sizes=(*(1 for _ in index), *sizes),
             dtype=reader.dtype(row.hf[0]),

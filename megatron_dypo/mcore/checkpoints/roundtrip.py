@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.carried import find_carried
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.parallel.mesh import Mesh
@@ -70,6 +71,7 @@ def differing_tensors(expected: Path, actual: Path, *, show_progress: bool = Tru
         reader.check_complete(arch)
     names = [name for row in family_rows(arch) if not row.is_copy for name in row.hf]
     sizes = [torch.Size(readers[0].shape(name)).numel() * readers[0].dtype(name).itemsize for name in names]
+    carried = find_carried(expected, arch)
     differences = []
     with progress(sum(sizes), "comparing", "bytes", enabled=show_progress) as bar:
         for name, num_bytes in zip(names, sizes, strict=True):
@@ -77,6 +79,12 @@ def differing_tensors(expected: Path, actual: Path, *, show_progress: bool = Tru
             if difference is not None:
                 differences.append(difference)
             bar.update(num_bytes)
+    copies = find_carried(actual, arch)
+    for (name, ours), (other, theirs) in zip(carried.tensors(), copies.tensors(), strict=True):
+        if name != other:
+            raise ValueError(f"{actual}: tensor {name} is missing")
+        if (difference := _difference(name, ours, theirs)) is not None:
+            differences.append(difference)
     return differences
 
 

@@ -99,8 +99,8 @@ class MCoreReader:
         expected = {}
         for row in family_rows(arch):
             if not row.is_copy:
-                key, index = stored_key(row.mcore, arch)
-                expected[key] = (*stacked_shape(index, arch), *row.rule.stored_shape(arch, 1))
+                key, _ = stored_key(row.mcore, arch)
+                expected[key] = (*stacked_shape(row.mcore, arch), *row.rule.stored_shape(arch, 1))
         problems = [f"tensor {key} is missing" for key in expected if key not in self._wholes]
         for key, whole in self._wholes.items():
             if key not in expected:

@@ -32,6 +32,7 @@ def install() -> None:
     _patch_torch_norm()
     _patch_selective_checkpoint()
     _patch_experts()
+    _patch_latent_attention()
     if optimizer.USING_PYTORCH_OPTIMIZER:  # otherwise Megatron has found Apex
         _patch_distributed_optimizer()
 
@@ -71,6 +72,14 @@ def _patch_experts() -> None:
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None
+
+
+def _patch_latent_attention() -> None:
+    """Say that Transformer Engine is not there: transformer/multi_latent_attention.py:183-186 asks for an instance of
+    None otherwise, since the module that it imports from loads without Transformer Engine too."""
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = False
 
 
 def _patch_distributed_optimizer() -> None:

@@ -24,11 +24,12 @@ COMMON = (
 )
 """Rows of every model, without those of MLP or experts."""
 
-ROWS = (
-    *COMMON,
+MLP = (
     Row(_MCORE + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), GateUp()),
     Row(_MCORE + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), RowParallel(mlp_output)),
 )
+
+ROWS = (*COMMON, *MLP)
 
 OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Vocab())
 

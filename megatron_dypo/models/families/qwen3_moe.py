@@ -13,9 +13,7 @@ from megatron_dypo.models.rules import Copy, GateUp, RowParallel
 _MCORE, _HF = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
 _EXPERT, _HF_EXPERT = _MCORE + "experts.local_experts.{expert}.", _HF + "experts.{expert}."
 
-ROWS = (
-    *llama.COMMON,
-    *qwen3.HEAD_NORMS,
+EXPERTS = (
     Row(_MCORE + "router.weight", (_HF + "gate.weight",), Copy(router)),
     Row(
         _EXPERT + "linear_fc1.weight",
@@ -24,3 +22,6 @@ ROWS = (
     ),
     Row(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), RowParallel(expert_output)),
 )
+"""The router and the experts."""
+
+ROWS = (*llama.COMMON, *qwen3.HEAD_NORMS, *EXPERTS)

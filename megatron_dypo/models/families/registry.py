@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.models.families import llama, mistral, qwen2, qwen3, qwen3_moe
+from megatron_dypo.models.families import deepseek_v3, llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_dypo.models.families.table import EXPERT, LAYER, Row
 
 FAMILIES = {
@@ -15,6 +15,7 @@ FAMILIES = {
     "qwen2": qwen2.ROWS,
     "qwen3": qwen3.ROWS,
     "qwen3_moe": qwen3_moe.ROWS,
+    "deepseek_v3": deepseek_v3.ROWS,
 }
 """``model_type`` of the HF config → its table."""
 
@@ -22,9 +23,21 @@ FAMILIES = {
 ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
 
 _ATTENTION_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+
+_LATENT_MODULES = (
+    "input_layernorm",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+)
+_LATENT_QUERY = ("self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj")
+_PLAIN_QUERY = ("self_attention.linear_q_proj",)
 
 _QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
@@ -37,12 +50,16 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERTS = "mlp.experts"
 _SEQUENTIAL = re.compile(rf"{_EXPERTS}\.local_experts\.(\d+)\.(.+)")
 _GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.weight)(\d+)")
+_HF_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def table(arch: Architecture) -> tuple[Row, ...]:
     """Return the rows of an architecture, with ``{layer}`` and ``{expert}`` in their names."""
-    return (*FAMILIES[arch.family], llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
+    rows = FAMILIES[arch.family]
+    if arch.latent is not None and arch.latent.query_rank is None:
+        rows = deepseek_v3.PLAIN_QUERY_ROWS
+    return (*rows, llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
 
 
 def family_rows(arch: Architecture) -> Iterator[Row]:
@@ -52,7 +69,7 @@ def family_rows(arch: Architecture) -> Iterator[Row]:
     first = rows.index(inside[0])
     yield from rows[:first]
     for layer in range(arch.num_layers):
-        for row in inside:
+        for row in (row for row in inside if row.is_in(layer, arch)):
             yield from (row.at(layer, expert) for expert in _experts_of(row, arch))
     yield from (row for row in rows[first:] if LAYER not in row.mcore)
 
@@ -72,7 +89,7 @@ def match(mcore_name: str, arch: Architecture) -> Row:
             expert, inside = of_expert[0], f"{_EXPERTS}.local_experts.{EXPERT}.{of_expert[1]}"
         pattern = f"decoder.layers.{LAYER}.{inside}"
     for row in table(arch):
-        if row.mcore == pattern:
+        if row.mcore == pattern and (layer is None or row.is_in(layer, arch)):
             if expert is not None and expert not in _experts_of(row, arch):
                 raise ValueError(f"{mcore_name}: expert {expert} of a model with num_experts={_num_experts(arch)}")
             return row.at(layer, expert)
@@ -104,8 +121,9 @@ def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...
     """Return the key of a parameter in a distributed checkpoint, and its indices on the first axes of the stored
     tensor.
 
-    Megatron-Core stores all layers of a decoder, and all experts, in one tensor. For both specs, norms have TE's names;
-    TE does not fuse the norm before experts.
+    Megatron-Core stores all layers of a decoder, and all experts, in one tensor; layers of two kinds are stored one by
+    one. For both specs, norms have TE's names; TE does not fuse the norm before experts, nor that before latent
+    attention.
 
         stored_key("decoder.layers.3.input_layernorm.weight", arch)
         → ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (3,))
@@ -114,15 +132,39 @@ def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...
     if found is None:
         return mcore_name, ()
     layer, inside = int(found[1]), found[2]
+    prefix, index = _layer_prefix(layer, arch), () if arch.has_both_kinds else (layer,)
     if of_expert := expert_parameter(inside):
-        return f"decoder.layers.{_EXPERTS}.experts.{of_expert[1]}", (layer, of_expert[0])
-    is_fused = arch.experts is None or inside != "pre_mlp_layernorm.weight"
-    return f"decoder.layers.{_FUSED.get(inside, inside) if is_fused else inside}", (layer,)
+        return f"{prefix}{_EXPERTS}.experts.{of_expert[1]}", (*index, of_expert[0])
+    return prefix + (_FUSED.get(inside, inside) if _is_fused(inside, layer, arch) else inside), index
 
 
-def stacked_shape(index: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
-    """Return the sizes of the first axes, those that ``index`` addresses, of a parameter's stored tensor."""
-    return (arch.num_layers, _num_experts(arch))[: len(index)]
+def _layer_prefix(layer: int, arch: Architecture) -> str:
+    return f"decoder.layers.{layer}." if arch.has_both_kinds else "decoder.layers."
+
+
+def _is_fused(norm: str, layer: int, arch: Architecture) -> bool:
+    """Return whether Transformer Engine fuses a norm, given by its name in the local spec, into a linear layer."""
+    if norm == "input_layernorm.weight":
+        return arch.latent is None
+    if norm == "pre_mlp_layernorm.weight":
+        return not arch.has_experts(layer)
+    return arch.latent is not None
+
+
+def layer_of(row: Row) -> int | None:
+    """Return the layer of a concrete row; None before and after the layers."""
+    found = _LAYER_NAME.fullmatch(row.mcore)
+    return int(found[1]) if found else None
+
+
+def stacked_shape(mcore_name: str, arch: Architecture) -> tuple[int, ...]:
+    """Return the sizes of the first axes, those that the indices of :func:`stored_key` address, of a parameter's stored
+    tensor."""
+    found = _LAYER_NAME.fullmatch(mcore_name)
+    if found is None:
+        return ()
+    layers = () if arch.has_both_kinds else (arch.num_layers,)
+    return (*layers, _num_experts(arch)) if expert_parameter(found[2]) else layers
 
 
 def state_keys(layer: int, arch: Architecture) -> list[str]:
@@ -131,13 +173,31 @@ def state_keys(layer: int, arch: Architecture) -> list[str]:
     The states are empty except under FP8, but Megatron-Core does not load a checkpoint without them. Transformer
     Engine's norms have a state where they are modules of their own; torch's have none.
     """
-    modules = [*_ATTENTION_MODULES, *(_QK_NORMS if arch.qk_norm else ())]
-    modules += ["pre_mlp_layernorm"] if arch.experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
-    keys = [f"{module}._extra_state/shard_{layer}_{arch.num_layers}" for module in modules]
-    for expert in range(_num_experts(arch)):
-        shard = f"shard_{layer}.{expert}_{arch.num_layers}.{_num_experts(arch)}"
+    modules = [*_attention_modules(arch), *(_QK_NORMS if arch.qk_norm else ())]
+    has_experts = arch.has_experts(layer)
+    modules += ["pre_mlp_layernorm"] if has_experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    if has_experts and arch.experts and arch.experts.shared_width:
+        modules += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
+    at, of = ("0", "1") if arch.has_both_kinds else (str(layer), str(arch.num_layers))
+    keys = [f"{module}._extra_state/shard_{at}_{of}" for module in modules]
+    for expert in range(_num_experts(arch)) if has_experts else ():
+        shard = f"shard_{at}.{expert}_{of}.{_num_experts(arch)}"
+        if arch.has_both_kinds:
+            shard = f"shard_{expert}_{_num_experts(arch)}"
         keys += [f"{_EXPERTS}.experts.{linear}._extra_state/{shard}" for linear in ("linear_fc1", "linear_fc2")]
-    return [f"decoder.layers.{key}" for key in keys]
+    return [_layer_prefix(layer, arch) + key for key in keys]
+
+
+def _attention_modules(arch: Architecture) -> tuple[str, ...]:
+    if arch.latent is None:
+        return _ATTENTION_MODULES
+    return (*_LATENT_MODULES, *(_PLAIN_QUERY if arch.latent.query_rank is None else _LATENT_QUERY))
+
+
+def is_carried_hf_name(name: str, arch: Architecture) -> bool:
+    """Return whether an HF tensor belongs to a layer after the last one, which predicts further tokens."""
+    found = _HF_LAYER.match(name)
+    return found is not None and 0 <= int(found[1]) - arch.num_layers < arch.num_mtp_layers
 
 
 def is_redundant_hf_name(name: str, arch: Architecture) -> bool:

@@ -25,6 +25,7 @@ DEFAULTS = {
     "qwen2": FamilyDefaults(key_value_heads=32, null_key_value_heads=True),
     "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
+    "deepseek_v3": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
 }
 """``model_type`` → defaults."""
 

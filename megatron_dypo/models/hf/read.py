@@ -11,7 +11,7 @@ import torch
 
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.llama import OUTPUT, TIED_OUTPUT
-from megatron_dypo.models.families.registry import family_rows, is_redundant_hf_name
+from megatron_dypo.models.families.registry import family_rows, is_carried_hf_name, is_redundant_hf_name
 from megatron_dypo.models.hf.files import SafetensorsFiles
 from megatron_dypo.models.quantized.names import is_scale
 
@@ -76,7 +76,7 @@ class HFReader:
                 if shape != expected[name]:
                     problems.append(f"tensor {name} has shape {shape}, config.json needs {expected[name]}")
                 self.dtype(name)
-            elif not is_redundant_hf_name(name, arch):
+            elif not is_redundant_hf_name(name, arch) and not is_carried_hf_name(name, arch):
                 problems.append(f"tensor {name}: no rule of family {arch.family!r} matches it")
         if problems:
             raise ValueError(f"{self.path}: " + "; ".join(problems))

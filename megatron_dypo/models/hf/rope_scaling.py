@@ -51,6 +51,8 @@ class YarnRopeScaling:
     interpolated."""
     truncate: bool = True
     """Whether the two bounds are rounded to whole pairs."""
+    mscale_all_dim: float = 0.0
+    """Multi-head latent attention alone multiplies the scores by (0.1 · this · ln factor + 1)²; others ignore it."""
     rope_type: str = "yarn"
 
 
@@ -192,6 +194,7 @@ def _yarn(fields: Fields, config: Fields) -> YarnRopeScaling:
         beta_fast=fast,
         beta_slow=slow,
         truncate=fields.flag("truncate", True),
+        mscale_all_dim=0.0 if fields.get("mscale_all_dim") is None else fields.number("mscale_all_dim", least=0),
     )
 
 

@@ -17,6 +17,7 @@ from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, finish_hf_folder, write_parts
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name, scale_shape
+from megatron_dypo.models.quantized.refusals import require_quantizable
 
 
 def quantize_hf(
@@ -34,6 +35,7 @@ def quantize_hf(
             not vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
+    require_quantizable(arch, quantization)
     reader = HFReader(hf_path)
     reader.check_complete(arch)
     names = [name for row in family_rows(arch) if not row.is_copy for name in row.hf]

@@ -18,6 +18,7 @@ from megatron_dypo.checks import require, require_positive
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, scale_name, scale_shape
+from megatron_dypo.models.quantized.refusals import require_quantizable
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.layer_template import SCALE_BYTES, Encoding
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
@@ -67,6 +68,7 @@ def make_plan(
         ValueError: a mesh does not suit the architecture, or cuts blocks of scales.
     """
     require(len(servers) > 0, "servers=()", "name at least one")
+    require_quantizable(arch, quantization)
     encoding = Encoding(quantization=quantization, element_size=element_size)
     require_positive(encoding, "element_size")
     return RefitPlan(arch, source, servers, encoding)
@@ -163,6 +165,8 @@ class RefitPlan:
         for tensor in self._streams.served[self.servers[server]][server_rank]:
             is_quantized = any(self.encoding.is_quantized(rectangle.hf_name) for rectangle in tensor.rectangles)
             for layer in range(self.arch.num_layers) if LAYER in tensor.name else (None,):
+                if layer is not None and not tensor.is_in(layer, self.arch):
+                    continue
                 name = _at(tensor.name, layer)
                 shapes[name] = tensor.shape
                 if is_quantized:

@@ -1,20 +1,23 @@
 """The servers' side of a plan: how SGLang holds the tensors of a family on one server rank. Pure, no torch, no SGLang.
 
-Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe}.py``, ``layers/linear.py`` (fused projections, replicated
-key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and ``layers/moe/fused_moe_triton/layer.py``
-(expert stacks). Not supported: attention data parallelism, redundant experts, and kernels that reorder weights after
-loading.
+Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe,deepseek_v2}.py``, ``layers/linear.py`` (fused projections,
+replicated key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and
+``layers/moe/fused_moe_triton/layer.py`` (expert stacks). Not supported: shared experts that SGLang fuses with the
+others, attention data parallelism, redundant experts, and kernels that reorder weights after loading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from megatron_dypo.checks import require, require_positive
-from megatron_dypo.models.architecture import Architecture, Experts
-from megatron_dypo.models.families.table import LAYER
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
+from megatron_dypo.models.families.table import LAYER, Layers
 from megatron_dypo.refit.plan.rectangles import Rectangle
+from megatron_dypo.refit.plan.served_latent import latent_attention
+from megatron_dypo.refit.plan.served_tensor import ServedTensor, columns, rows, whole
 
 _VOCAB_MULTIPLE = 64
 _LAYER = f"model.layers.{LAYER}."
@@ -34,17 +37,6 @@ class ServerMesh:
         require_positive(self, "tensor", "expert")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServedTensor:
-    """One parameter of SGLang on one server rank."""
-
-    name: str
-    """``{layer}`` stands for the layer."""
-    shape: tuple[int, ...]
-    rectangles: tuple[Rectangle, ...]
-    """The parts of HF tensors that it holds. Its other entries are zeros, for padding."""
-
-
 def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> list[ServedTensor]:
     """List the parameters of a server rank. Those of a layer occur once, with ``{layer}`` in their names.
 
@@ -55,13 +47,11 @@ def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> 
     names = (_EMBEDDING,) if _shares_embedding(arch) else (_EMBEDDING, _OUTPUT)
     return [
         *(_vocabulary(arch, server.tensor, server_rank, name) for name in names),
-        *_attention(arch, server.tensor, server_rank),
-        *(
-            _experts(arch.experts, arch.hidden_size, server, server_rank)
-            if arch.experts
-            else _mlp(arch, server.tensor, server_rank)
-        ),
-        _whole("model.norm.weight", (arch.hidden_size,)),
+        *_norms(arch),
+        *(latent_attention if arch.latent else _attention)(arch, server.tensor, server_rank),
+        *(_mlp(arch, server.tensor, server_rank) if arch.num_dense_layers else ()),
+        *(_experts(arch, arch.experts, server, server_rank) if arch.experts else ()),
+        whole("model.norm.weight", (arch.hidden_size,)),
     ]
 
 
@@ -74,9 +64,10 @@ def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
         f"server tensor={tensor}",
         f"must divide num_key_value_heads={kv_heads} or be a multiple of it",
     )
+    if arch.num_dense_layers:
+        _require_divides(tensor, "intermediate_size", arch.ffn_hidden_size)
     if arch.experts is None:
         require(expert == 1, f"server expert={expert}", f"a {arch.family} model has no experts")
-        _require_divides(tensor, "intermediate_size", arch.ffn_hidden_size)
         return
     require(tensor % expert == 0, f"server expert={expert}", f"does not divide server tensor={tensor}")
     require(
@@ -85,6 +76,7 @@ def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
         f"does not divide num_experts={arch.experts.num_experts}",
     )
     _require_divides(tensor // expert, "moe_intermediate_size", arch.experts.ffn_hidden_size)
+    _require_divides(tensor, "n_shared_experts · moe_intermediate_size", arch.experts.shared_width)
 
 
 def _require_divides(size: int, name: str, value: int) -> None:
@@ -93,7 +85,7 @@ def _require_divides(size: int, name: str, value: int) -> None:
 
 def _shares_embedding(arch: Architecture) -> bool:
     """Return whether SGLang shares one tensor for embedding and output layer; its Qwen3-MoE never does."""
-    return arch.tied_embeddings and arch.experts is None
+    return arch.tied_embeddings and (arch.experts is None or arch.latent is not None)
 
 
 def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) -> ServedTensor:
@@ -105,11 +97,16 @@ def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) ->
     start = min(server_rank * local, arch.vocab_size)
     length = min(local, arch.vocab_size - start)
     hf_name = _EMBEDDING if arch.tied_embeddings else name
-    return _rows(name, (local, arch.hidden_size), [(hf_name, start, length)] if length else [])
+    return rows(name, (local, arch.hidden_size), [(hf_name, start, length)] if length else [])
+
+
+def _norms(arch: Architecture) -> Iterator[ServedTensor]:
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield whole(f"{_LAYER}{name}.weight", (arch.hidden_size,))
 
 
 def _attention(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTensor]:
-    """Yield the parameters of a layer's attention and its norms."""
+    """Yield the parameters of a layer's attention."""
     heads, kv_heads = arch.num_attention_heads // tensor, max(arch.num_key_value_heads // tensor, 1)
     replicas = max(tensor // arch.num_key_value_heads, 1)
     query, key = heads * arch.head_dim, kv_heads * arch.head_dim
@@ -118,30 +115,48 @@ def _attention(arch: Architecture, tensor: int, server_rank: int) -> Iterator[Se
     def fused(kind: str, tail: tuple[int, ...]) -> ServedTensor:
         first_kv = server_rank // replicas * key
         runs = [("q_proj", server_rank * query, query), ("k_proj", first_kv, key), ("v_proj", first_kv, key)]
-        return _rows(
+        return rows(
             f"{prefix}qkv_proj.{kind}",
             (query + 2 * key, *tail),
             [(f"{prefix}{name}.{kind}", start, length) for name, start, length in runs],
         )
 
-    yield _whole(f"{_LAYER}input_layernorm.weight", (arch.hidden_size,))
     yield fused("weight", (arch.hidden_size,))
     if arch.qkv_bias:
         yield fused("bias", ())
     if arch.qk_norm:
-        yield from (_whole(f"{prefix}{name}_norm.weight", (arch.head_dim,)) for name in "qk")
-    yield _columns(f"{prefix}o_proj.weight", (arch.hidden_size, query), server_rank * query)
-    yield _whole(f"{_LAYER}post_attention_layernorm.weight", (arch.hidden_size,))
+        yield from (whole(f"{prefix}{name}_norm.weight", (arch.head_dim,)) for name in "qk")
+    yield columns(f"{prefix}o_proj.weight", (arch.hidden_size, query), server_rank * query)
 
 
 def _mlp(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTensor]:
-    local = arch.ffn_hidden_size // tensor
-    runs = [(f"{_LAYER}mlp.{name}_proj.weight", server_rank * local, local) for name in ("gate", "up")]
-    yield _rows(f"{_LAYER}mlp.gate_up_proj.weight", (2 * local, arch.hidden_size), runs)
-    yield _columns(f"{_LAYER}mlp.down_proj.weight", (arch.hidden_size, local), server_rank * local)
+    return _gated(f"{_LAYER}mlp.", arch.ffn_hidden_size, arch, tensor, server_rank, "dense")
 
 
-def _experts(experts: Experts, hidden_size: int, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
+def _gated(
+    prefix: str, width: int, arch: Architecture, tensor: int, server_rank: int, layers: Layers
+) -> Iterator[ServedTensor]:
+    """Yield the parameters of an MLP, or of all shared experts together."""
+    local, hidden = width // tensor, arch.hidden_size
+    runs = [(f"{prefix}{name}_proj.weight", server_rank * local, local) for name in ("gate", "up")]
+    yield replace(rows(f"{prefix}gate_up_proj.weight", (2 * local, hidden), runs), layers=layers)
+    yield replace(columns(f"{prefix}down_proj.weight", (hidden, local), server_rank * local), layers=layers)
+
+
+def _experts(arch: Architecture, experts: Experts, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
+    """Yield the router, the MLP that every token passes, and this rank's stacks of experts."""
+    hidden, gate = arch.hidden_size, f"{_LAYER}mlp.gate."
+    yield replace(whole(f"{gate}weight", (experts.num_experts, hidden)), layers="experts")
+    if experts.biased_sigmoid is not None:
+        yield replace(whole(f"{gate}e_score_correction_bias", (experts.num_experts,)), layers="experts")
+    if experts.shared_width:
+        shared = f"{_LAYER}mlp.shared_experts."
+        yield from _gated(shared, experts.shared_width, arch, server.tensor, server_rank, "experts")
+    for stack in _stacks(experts, hidden, server, server_rank):
+        yield replace(stack, layers="experts")
+
+
+def _stacks(experts: Experts, hidden_size: int, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
     """Yield stacks of this rank's experts. Neighbouring ranks hold the same experts and split their features."""
     split = server.tensor // server.expert
     local, start = experts.ffn_hidden_size // split, server_rank % split * (experts.ffn_hidden_size // split)
@@ -162,31 +177,8 @@ def _experts(experts: Experts, hidden_size: int, server: ServerMesh, server_rank
         )
         for number, expert in enumerate(owned)
     )
-    yield _whole(f"{_LAYER}mlp.gate.weight", (experts.num_experts, hidden_size))
-    yield _rows(f"{prefix}w13_weight", (count, 2 * local, hidden_size), inputs)
+    yield rows(f"{prefix}w13_weight", (count, 2 * local, hidden_size), inputs)
     yield ServedTensor(name=f"{prefix}w2_weight", shape=(count, hidden_size, local), rectangles=outputs)
-
-
-def _whole(name: str, shape: tuple[int, ...]) -> ServedTensor:
-    return _rows(name, shape, [(name, 0, shape[0])])
-
-
-def _rows(name: str, shape: tuple[int, ...], runs: Sequence[tuple[str, int, int]]) -> ServedTensor:
-    """Return a parameter that stacks runs of rows; a run is (HF tensor, first row, number of rows)."""
-    rectangles, row = [], 0
-    cols = shape[-1] if len(shape) > 1 else 1
-    for hf_name, start, length in runs:
-        rectangles.append(
-            Rectangle(name=name, row=row, col=0, hf_name=hf_name, hf_row=start, hf_col=0, rows=length, cols=cols)
-        )
-        row += length
-    return ServedTensor(name=name, shape=shape, rectangles=tuple(rectangles))
-
-
-def _columns(name: str, shape: tuple[int, int], start: int) -> ServedTensor:
-    """Return a parameter that holds columns of the HF tensor of the same name, beginning at ``start``."""
-    rectangle = Rectangle(name=name, row=0, col=0, hf_name=name, hf_row=0, hf_col=start, rows=shape[0], cols=shape[1])
-    return ServedTensor(name=name, shape=shape, rectangles=(rectangle,))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -17,13 +17,15 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.layer_template import Encoding, Piece, Template, check_blocks, make_template
 from megatron_dypo.refit.plan.rectangles import Rectangle
-from megatron_dypo.refit.plan.server_tensors import ServedTensor, ServerMesh, served_tensors
+from megatron_dypo.refit.plan.served_tensor import ServedTensor
+from megatron_dypo.refit.plan.server_tensors import ServerMesh, served_tensors
 from megatron_dypo.refit.plan.trainer_shards import (
     Kind,
     Place,
     Shard,
     held_rectangles,
     num_shards,
+    place_of,
     shards_of_stage,
 )
 
@@ -130,7 +132,9 @@ class Streams:
     def _parts_of(self, stage: int) -> list[tuple[Place, int | None]]:
         """List the parts of a stage in order: the embedding, its layers, the parameters after the layers."""
         parts: list[tuple[Place, int | None]] = [("first", None)] if stage == 0 else []
-        parts += [("layer", layer) for layer in self._source.layers_of(stage, self._arch.num_layers)]
+        parts += [
+            (place_of(layer, self._arch), layer) for layer in self._source.layers_of(stage, self._arch.num_layers)
+        ]
         return parts + ([("last", None)] if stage == self._source.pipeline - 1 else [])
 
     def _make_template(self, kind: Kind, index: int, place: Place, server: ServerMesh) -> Template:

@@ -19,8 +19,9 @@ from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.rectangles import Rectangle, matrix_shape
 
 Kind = Literal["tensor", "stage", "expert"]
-Place = Literal["first", "layer", "last"]
-"""A place in the model: before the layers (on the first stage), a layer, or after the layers (on the last stage)."""
+Place = Literal["first", "dense", "layer", "last"]
+"""A place in the model: before the layers (on the first stage), a layer, or after the layers (on the last stage).
+``dense``: a layer with an MLP of a model whose other layers have experts."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def held_rectangles(arch: Architecture, layout: Mesh, kind: Kind, index: int, pl
     """
     rectangles: list[Rectangle] = []
     for row in table(arch):
-        if _kind(row) == kind and _place(row) == place and not row.is_copy:
+        if _kind(row) == kind and _is_at(row, place, arch) and not row.is_copy:
             for concrete in _of_each_expert(row, arch, layout, index):
                 rectangles += _rectangles(concrete, arch, layout, index)
     return rectangles
@@ -72,10 +73,17 @@ def _kind(row: Row) -> Kind:
     return "stage" if row.rule.tp_dim is None else "tensor"
 
 
-def _place(row: Row) -> Place:
-    if LAYER in row.mcore:
-        return "layer"
-    return "first" if row.mcore.startswith("embedding.") else "last"
+def place_of(layer: int, arch: Architecture) -> Place:
+    """Return the place of a layer."""
+    return "dense" if arch.has_both_kinds and not arch.has_experts(layer) else "layer"
+
+
+def _is_at(row: Row, place: Place, arch: Architecture) -> bool:
+    if LAYER not in row.mcore:
+        return place == ("first" if row.mcore.startswith("embedding.") else "last")
+    if place not in ("dense", "layer"):
+        return False
+    return row.is_in(0 if place == "dense" else arch.num_layers - 1, arch)
 
 
 def _of_each_expert(row: Row, arch: Architecture, layout: Mesh, index: int) -> Iterator[Row]:

@@ -25,6 +25,10 @@ from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 from megatron_dypo.supported import WEIGHT_SESSIONS
 
+_FUSION_HINT = (
+    "; SGLang has fused the shared experts with the others: start it with --disable-shared-experts-fusion "
+    "(rollout.servers.extra_args), or use refit.transport=broadcast or disk"
+)
 _ENDED = "{}"
 """Value in the store in place of an inventory that will not come, because the server's call has ended."""
 
@@ -111,7 +115,8 @@ class ServerRanks:
                 shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
                 problems = shape_mismatches(shapes, self._plan.served_shapes(server, server_rank))
                 if problems:
-                    raise self._error(server, server_rank, "; ".join(problems))
+                    hint = _FUSION_HINT if any("shared_experts" in problem for problem in problems) else ""
+                    raise self._error(server, server_rank, "; ".join(problems) + hint)
 
     def let_connect(self) -> None:
         """Let the server ranks connect, once all inventories are as planned."""

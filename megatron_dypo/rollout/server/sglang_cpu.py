@@ -9,7 +9,9 @@ the fork the server has started no thread and opened no device.
 
 Works around, in SGLang 0.5.23: ``sglang/srt/layers/*`` import names of ``sgl_kernel``, which needs CUDA libraries, and
 ``sglang/srt/configs/deepseek_ocr.py`` imports torchvision, for images; its PyPI wheel cannot load its operators beside
-a CPU build of torch, so that the environment has none.
+a CPU build of torch, so that the environment has none. Multi-head latent attention would take, for prompts, a path that
+plain torch's backend has not (``models/deepseek_common/attention_backend_handler.py``), and on a CPU only positions
+under yarn (``layers/rotary_embedding/factory.py``, ``get_rope_cpu``).
 """
 
 import gc
@@ -102,6 +104,27 @@ def _do_not_pin_memory() -> None:
     ALLOC_MEMORY_FUNCS["cpu"] = plain
 
 
+def _serve_latent_attention() -> None:
+    """Let multi-head latent attention run on plain torch's backend: every pass on latent vectors, as in decoding, and
+    positions without scaling too. An SGLang that has not these modules serves other models as before."""
+    try:
+        from sglang.srt.layers.rotary_embedding import factory
+        from sglang.srt.layers.rotary_embedding.factory import get_rope_cpu as under_yarn
+        from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+    except ImportError:
+        return
+
+    def get_rope(*args: object, **kwargs: object) -> object:
+        *others, scaling, dtype, partial, _ = args  # the last is the device
+        if scaling is None:
+            return factory.get_rope(*others, scaling, dtype, partial)
+        return under_yarn(*args, **kwargs)
+
+    factory.get_rope_cpu = get_rope
+    handlers.AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
+
+
 _stub_kernels()
 _stub_torchvision()
 
@@ -117,6 +140,7 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    _serve_latent_attention()
     gc.freeze()
     gc.enable()
     try:

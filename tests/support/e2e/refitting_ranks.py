@@ -60,9 +60,9 @@ class Trainer:
         load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout)
 
     def params(self) -> Iterator[tuple[str, Any]]:
-        from megatron_dypo.mcore.chunks import named_global_parameters
+        from megatron_dypo.mcore.chunks import named_global_weights
 
-        return named_global_parameters(self.chunks)
+        return named_global_weights(self.chunks)
 
     def refitter(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
         from megatron_dypo.config.refit import RefitConfig

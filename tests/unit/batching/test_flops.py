@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dypo.models.architecture import Experts, architecture_from_hf
+from megatron_dypo.models.architecture import architecture_from_hf
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.flops import SequenceCost, sequence_cost
 from tests.support.hf_models import KINDS, SIZES, import_transformers
 

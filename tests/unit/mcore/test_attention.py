@@ -50,3 +50,29 @@ def test_packed_seq_params_describe_the_row():
     assert params.cu_seqlens_q.dtype == torch.int32
     assert params.cu_seqlens_q.tolist() == [0, 3, 10, 12]
     assert params.max_seqlen_q == 7
+
+
+def test_shorter_values_need_no_scores_of_whole_sequences():
+    """torch's kernels without S × S scores take one size of heads only."""
+    lengths, generator = (64, 48), torch.Generator().manual_seed(1)
+    cu_seqlens = boundaries(lengths)
+
+    def draw(channels):
+        return torch.randn(cu_seqlens[-1], 2, channels, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    q, k, v = draw(6), draw(6), draw(4)
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = attend(q, k, v, plan(cu_seqlens, CPU))
+    assert not [tuple(t.shape) for t in saved if t.dim() > 1 and tuple(t.shape[-2:]) == (64, 64)]
+    results = [(output, *torch.autograd.grad(output.square().sum(), (q, k, v)))]
+    literal = literal_attention(q, k, v, cu_seqlens)
+    results.append((literal, *torch.autograd.grad(literal.square().sum(), (q, k, v))))
+    assert output.shape == (cu_seqlens[-1], 2 * 4)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)

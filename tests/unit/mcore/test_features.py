@@ -72,14 +72,14 @@ def test_another_version_of_megatron_is_refused_on_a_cpu(monkeypatch, version):
 @pytest.mark.parametrize("experts", [4, None])
 def test_the_layers_of_every_core_get_our_router(experts):
     """Core 0.16 and 0.17 give a layer's experts as a ModuleSpec, later ones as a functools.partial."""
-    from megatron_dypo.mcore import features
+    from megatron_dypo.mcore import features, layer_specs
     from megatron_dypo.mcore.moe_router import BalancedRouter
-    from megatron_dypo.models.architecture import Experts
+    from megatron_dypo.models.experts import Experts
     from tests.support.architectures import QWEN2
 
     made = Experts(num_experts=4, per_token=2, ffn_hidden_size=20, normalized=True, moe_aux_loss_coef=0.0)
     arch = dataclasses.replace(QWEN2, family="qwen3_moe", experts=made) if experts else QWEN2
-    mlp = features.layer_spec(arch, features.probe()).submodules.mlp
+    mlp = layer_specs.layer_spec(arch, features.probe(), has_experts=experts is not None).submodules.mlp
     inner = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     assert (getattr(inner, "router", None) is BalancedRouter) == (experts is not None)
 

@@ -23,7 +23,7 @@ from megatron_dypo.mcore.options.check import option_problems, require_options
 from megatron_dypo.mcore.options.denied import MODEL, OPTIMIZER, PARALLEL, Rows
 from megatron_dypo.mcore.options.named import data_parallel_config
 from megatron_dypo.mcore.options.reading import Mapped, read_options
-from megatron_dypo.models.architecture import Experts
+from megatron_dypo.models.experts import Experts
 from tests.support.architectures import QWEN2 as ARCH
 
 PLAIN = Features(transformer_engine=False, grad_accumulation_fusion=False)

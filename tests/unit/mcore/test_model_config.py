@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
 from megatron_dypo.mcore.model import transformer_config
-from megatron_dypo.models.architecture import Experts
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.layout_rules import check_layout
 from tests.support.architectures import QWEN2 as ARCH
 

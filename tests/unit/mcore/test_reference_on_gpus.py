@@ -18,7 +18,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> RecordingCuda:
 
 def test_a_swap_waits_for_the_gpu_once_at_each_end(cuda: RecordingCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    monkeypatch.setattr("megatron_dypo.mcore.reference.named_global_parameters", lambda _: chunk.named_parameters())
+    monkeypatch.setattr("megatron_dypo.mcore.reference.named_global_weights", lambda _: chunk.named_parameters())
     monkeypatch.setattr("megatron_dypo.mcore.reference.forget_quantized_weights", lambda _: None)
     frozen = [parameter.detach().clone() for parameter in chunk.parameters()]
     reference = ReferencePolicy([chunk])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_dypo.models.architecture import FAMILIES, Experts, architecture_from_hf
+from megatron_dypo.models.architecture import FAMILIES, architecture_from_hf
+from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.hf.rope_scaling import YarnRopeScaling
 from tests.support.hf_config_oracle import as_transformers_reads, config_from, differences
 from tests.support.smallest_configs import SIZES, YARN, smallest
@@ -122,10 +123,12 @@ def test_sizes_must_be_given(family):
         ("qwen2", ["num_key_value_heads", "head_dim"]),
         ("qwen3", ["num_key_value_heads"]),
         ("qwen3_moe", ["head_dim", "mlp_only_layers"]),
+        ("deepseek_v3", ["q_lora_rank"]),
     ],
 )
 def test_null_means_what_it_means_to_transformers(family, nulls):
-    raw = {**smallest(family), "num_attention_heads": 16, "num_key_value_heads": 8, **dict.fromkeys(nulls)}
+    kv_heads = 16 if family == "deepseek_v3" else 8
+    raw = {**smallest(family), "num_attention_heads": 16, "num_key_value_heads": kv_heads, **dict.fromkeys(nulls)}
     assert differences(architecture_from_hf(raw, where="config.json"), as_transformers_reads(config_from(raw))) == []
 
 

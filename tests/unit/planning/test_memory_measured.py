@@ -19,6 +19,8 @@ SLOW = (
     "bf16, PP2",
     "fp32, PP2, 2 chunks each",
     "fp32, experts, EP2",
+    "bf16, latent attention",
+    "fp32, latent attention, TP2, SP",
 )
 
 

@@ -46,6 +46,32 @@ def test_transposed_tensors_are_sent_in_logical_order():
         assert torch.equal(received, tensor)
 
 
+@pytest.mark.parametrize("limit", [8, 100, 4096])
+def test_tensors_that_sglang_fuses_are_in_one_bucket(limit):
+    """Its loader drops one that comes without the other."""
+    prefix = "model.layers.{}.self_attn."
+    modules = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+    sent = [
+        (f"{prefix.format(layer)}{module}.weight", torch.full((3, 4), 10.0 * layer + i))
+        for layer in range(3)
+        for i, module in enumerate(modules)
+    ]
+    received = {}
+    for bucket in fill_buckets(iter(sent), limit):
+        received.update(receive(bucket))
+        for layer in range(3):
+            fused = {f"{prefix.format(layer)}{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa")}
+            assert len(fused & set(bucket.names)) in (0, 2)
+    assert received.keys() == dict(sent).keys()
+    assert all(torch.equal(received[name], tensor) for name, tensor in sent)
+
+
+def test_a_down_projection_of_keys_alone_is_sent_too():
+    sent = [("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", torch.ones(2, 2)), ("t", torch.zeros(2))]
+    received = [pair for bucket in fill_buckets(iter(sent), 1024) for pair in receive(bucket)]
+    assert sorted(name for name, _ in received) == sorted(name for name, _ in sent)
+
+
 def test_buckets_fill_up_before_a_new_one_begins():
     tensors = [(str(i), torch.zeros(25)) for i in range(10)]  # 100 bytes each
     assert [len(bucket.names) for bucket in fill_buckets(tensors, 300)] == [3, 3, 3, 1]

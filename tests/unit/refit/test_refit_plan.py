@@ -17,8 +17,9 @@ from torch import Tensor
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized
-from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer, make_plan
-from tests.support.refit_cases import Case, NaiveServerRank, cases, numbered_hf_tensors
+from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, Transfer, make_plan
+from tests.support.architectures import make_arch
+from tests.support.refit_cases import QUANTIZABLE, Case, NaiveServerRank, cases, numbered_hf_tensors
 
 Matrix = np.ndarray
 ELEMENT_SIZE = 2
@@ -110,6 +111,13 @@ def execute(
     return made, writes
 
 
+@st.composite
+def cases_and_formats(draw: st.DrawFn) -> tuple[Case, Quantization]:
+    if draw(st.booleans()):
+        return draw(cases(families=QUANTIZABLE)), "fp8_channel"
+    return draw(cases()), "none"
+
+
 def assert_filled_once(made: dict[str, Matrix], writes: dict[str, Matrix], expected: dict[str, Tensor]) -> None:
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -117,17 +125,29 @@ def assert_filled_once(made: dict[str, Matrix], writes: dict[str, Matrix], expec
         assert np.array_equal(writes[name], matrix(tensor) != 0), name
 
 
-@given(cases(), st.sampled_from(["none", "fp8_channel"]))
+@given(cases_and_formats())
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_served_element_is_written_once_from_the_right_one_by_a_rank_that_holds_it(case, quantization):
-    assert_plan_is_right(case, quantization)
+def test_every_served_element_is_written_once_from_the_right_one_by_a_rank_that_holds_it(drawn):
+    assert_plan_is_right(*drawn)
+
+
+@given(cases(families=("deepseek_v3",)))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_element_of_latent_attention_is_written_once(case):
+    assert_plan_is_right(case, "none")
+
+
+@pytest.mark.parametrize("quantization", ["fp8_block", "fp8_channel"])
+def test_latent_attention_is_not_quantised(quantization):
+    with pytest.raises(ValueError, match=rf"^quantize={quantization}: must be none for a deepseek_v3 model: SGLang"):
+        make_plan(make_arch("deepseek_v3"), Mesh(), [ServerMesh(tensor=1)], quantization=quantization)
 
 
 @pytest.mark.slow
-@given(cases(), st.sampled_from(["none", "fp8_channel"]))
+@given(cases_and_formats())
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_served_element_of_very_many_cases_is_written_once(case, quantization):
-    assert_plan_is_right(case, quantization)
+def test_every_served_element_of_very_many_cases_is_written_once(drawn):
+    assert_plan_is_right(*drawn)
 
 
 def assert_plan_is_right(case, quantization):
@@ -231,13 +251,13 @@ def assert_scales_arrive(
             assert_filled_once(*execute(received, trainer, matrices, shapes), expected)
 
 
-@given(cases(unit=BLOCK))
+@given(cases(unit=BLOCK, families=QUANTIZABLE))
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 def test_scales_of_blocks_go_where_their_blocks_go(case):
     assert_scales_arrive(case, "fp8_block", "weight_scale_inv", lambda tensor: (BLOCK, BLOCK))
 
 
-@given(cases())
+@given(cases(families=QUANTIZABLE))
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_row_of_a_rank_gets_its_scale_once_however_many_ranks_hold_parts_of_it(case):
     assert_scales_arrive(case, "fp8_channel", "weight_scale", lambda tensor: (1, tensor.shape[1]))

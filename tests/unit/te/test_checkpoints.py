@@ -14,8 +14,8 @@ from tests.support.te.run import VERSIONS, run_with_te, te_folder
 
 pytestmark = pytest.mark.parametrize("version", VERSIONS)
 
-KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Dense without and with biases, with norms of queries and keys, and with experts."""
+KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight")
+"""Dense without and with biases, with norms of queries and keys, with experts, and with latent attention."""
 DENSE_LINEARS = ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 LINEARS_OF_EXPERTS = [
     "TEColumnParallelGroupedLinear",
@@ -23,6 +23,8 @@ LINEARS_OF_EXPERTS = [
     "TERowParallelGroupedLinear",
     "TERowParallelLinear",
 ]
+LATENT_LINEARS = sorted({*LINEARS_OF_EXPERTS, "TEColumnParallelLinear", "TELinear"})
+LINEARS = {"qwen3_moe": LINEARS_OF_EXPERTS, "deepseek_v3": LATENT_LINEARS, "moonlight": LATENT_LINEARS}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,13 @@ def test_a_converted_checkpoint_gives_the_weights_of_the_hf_folder(
     folders = [[str(path) for path in pair] for pair in converted.values()]
     for kind, found in zip(KINDS, run_with_te(version, models.load_converted, folders), strict=True):
         assert found["different"] == [], kind
-        assert found["linears"] == (LINEARS_OF_EXPERTS if kind == "qwen3_moe" else DENSE_LINEARS), kind
+        assert found["linears"] == LINEARS.get(kind, DENSE_LINEARS), kind
         assert f"decoder.layers.3.{norm_of_queries(kind)}" in found["names"], kind
 
 
 def norm_of_queries(kind: str) -> str:
+    if kind in ("deepseek_v3", "moonlight"):
+        return "self_attention.linear_kv_up_proj.layer_norm_weight"
     return "self_attention.q_layernorm.weight" if "qwen3" in kind else "self_attention.linear_qkv.layer_norm_weight"
 
 

@@ -1,0 +1,130 @@
+"""The mixture of experts of an HF ``config.json``, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dypo.models.hf.fields import Fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts that replaces the MLP in every layer, or in all layers but the first."""
+
+    num_experts: int
+    per_token: int
+    """Number of experts for each token: those with the largest router logits."""
+    ffn_hidden_size: int
+    """Intermediate size of one expert."""
+    normalized: bool
+    """Routing weights of a token sum to one (softmax over its chosen experts), or are taken from the softmax over all.
+    """
+    moe_aux_loss_coef: float
+    """``router_aux_loss_coef``: weight of the load-balancing loss."""
+    num_dense_layers: int = 0
+    """``first_k_dense_replace``: number of first layers that have a dense MLP."""
+    shared_width: int = 0
+    """Intermediate size of the MLP that every token passes besides its experts: that of all shared experts together."""
+    biased_sigmoid: BiasedSigmoid | None = None
+    """None: the router scores experts by a softmax."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasedSigmoid:
+    """The router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): a sigmoid scores each expert; a bias, which no
+    gradient trains, is added to the score for the choice alone."""
+
+    num_groups: int
+    top_groups: int
+    """Number of groups among whose experts a token chooses: those with the largest sums of their two best scores."""
+    scale: float
+    """``routed_scaling_factor``: multiplies the routing weights."""
+
+
+def experts_from_data(fields: Mapping[str, Any] | None) -> Experts | None:
+    """Return the experts from their ``dataclasses.asdict``."""
+    if fields is None:
+        return None
+    router = fields["biased_sigmoid"]
+    return Experts(**{**fields, "biased_sigmoid": None if router is None else BiasedSigmoid(**router)})
+
+
+def read_experts(fields: Fields, num_layers: int) -> Experts | None:
+    """Return the experts of a config; None for a family without.
+
+    Raises:
+        ValueError: a field is missing, out of its range, or asks for what is not supported.
+    """
+    family = fields.get("model_type")
+    if family == "qwen3_moe":
+        return _softmax_experts(fields)
+    return _sigmoid_experts(fields, num_layers) if family == "deepseek_v3" else None
+
+
+def _softmax_experts(fields: Fields) -> Experts:
+    # transformers 5 writes the number of experts under either name.
+    name = "num_experts" if "num_experts" in fields else "num_local_experts"
+    num_experts, per_token = fields.integer(name), fields.integer("num_experts_per_tok")
+    if "num_experts" in fields and "num_local_experts" in fields and fields.integer("num_local_experts") != num_experts:
+        fields.refuse("num_local_experts", f"must be the same as num_experts={num_experts}")
+    if per_token > num_experts:
+        fields.refuse("num_experts_per_tok", f"must not exceed {name}={num_experts}")
+    if fields.integer("decoder_sparse_step", 1) != 1:
+        fields.refuse("decoder_sparse_step", "only 1 is supported")
+    if fields.get("mlp_only_layers") not in (None, []):
+        fields.refuse("mlp_only_layers", "every layer must have experts")
+    normalized = fields.flag("norm_topk_prob", False)
+    if normalized and per_token == 1:
+        raise ValueError(
+            f"{fields.where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the "
+            "router cannot learn"
+        )
+    return Experts(
+        num_experts=num_experts,
+        per_token=per_token,
+        ffn_hidden_size=fields.integer("moe_intermediate_size"),
+        normalized=normalized,
+        moe_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001, least=0),
+    )
+
+
+def _sigmoid_experts(fields: Fields, num_layers: int) -> Experts:
+    num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    if not 2 <= per_token <= num_experts:
+        fields.refuse("num_experts_per_tok", f"must be from 2 to n_routed_experts={num_experts}")
+    for name, allowed in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
+        if fields.get(name) not in (None, allowed):
+            fields.refuse(name, f"only {allowed!r} is supported")
+    if not fields.flag("norm_topk_prob", True):
+        fields.refuse("norm_topk_prob", "only true is supported: Megatron always normalises sigmoid scores")
+    # 0 stands for no dense layer, and Fields.integer is for sizes.
+    dense = 0 if fields.get("first_k_dense_replace") == 0 else fields.integer("first_k_dense_replace", 3)
+    if dense >= num_layers:
+        fields.refuse("first_k_dense_replace", f"must be below num_hidden_layers={num_layers}: no layer has experts")
+    width = fields.integer("moe_intermediate_size")
+    return Experts(
+        num_experts=num_experts,
+        per_token=per_token,
+        ffn_hidden_size=width,
+        normalized=True,
+        moe_aux_loss_coef=0.0,
+        num_dense_layers=dense,
+        shared_width=width * fields.integer("n_shared_experts", 1),
+        biased_sigmoid=_router(fields, num_experts, per_token),
+    )
+
+
+def _router(fields: Fields, num_experts: int, per_token: int) -> BiasedSigmoid:
+    groups, top = fields.integer("n_group", 8), fields.integer("topk_group", 4)
+    if num_experts % groups:
+        fields.refuse("n_group", f"must divide n_routed_experts={num_experts}")
+    if top > groups:
+        fields.refuse("topk_group", f"must not exceed n_group={groups}")
+    if top < groups and per_token != 2 * top:
+        rule = (
+            f"must be 2 × topk_group={top}: Megatron ranks a group by the sum of its num_experts_per_tok / topk_group "
+        )
+        fields.refuse("num_experts_per_tok", rule + "best experts, transformers and SGLang by that of its two best")
+    return BiasedSigmoid(num_groups=groups, top_groups=top, scale=fields.number("routed_scaling_factor", 2.5, above=0))
