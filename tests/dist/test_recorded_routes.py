@@ -104,3 +104,17 @@ def test_the_leader_gets_the_experts_of_every_token_and_layer(name: str, model: 
     assert metrics == {"difference": 0.0}
     for before, after in zip(chosen, replayed, strict=True):
         np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+def test_a_biased_router_behind_a_dense_layer_replays_its_own_choice(tmp_path: Path) -> None:
+    path = make_hf_model("deepseek_v3", tmp_path / "model")
+    routes, (chosen, replayed), metrics = run_ranks(2, rank_records, str(path), {**SP, "expert": 2}, deadline_s=240)[0]
+    assert metrics == {"difference": 0.0}
+    for before, after in zip(chosen, replayed, strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-6)
+    for found in routes:
+        is_known = (found != 255).all(axis=(0, 2))
+        assert is_known.any()
+        assert not is_known[0], "the first layer is dense"
+        ordered = np.sort(found[:, is_known], axis=-1)
+        assert (ordered[..., 1:] > ordered[..., :-1]).all()
