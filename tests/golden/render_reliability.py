@@ -55,7 +55,26 @@ the intervals.
 
 """
 
-SOAK = """The two hours have not been run yet.
+SOAK = """Result of 2026-11-27 (commit d7cdcbf3, 2 cores with other work beside it, Megatron-Core 0.16.1, SGLang 0.5.23), without Slurm:
+
+    python tools/soak.py examples/quickstart/dypo.yaml run.steps=20000 optimizer.lr=4.0e-5 eval.every=50 checkpoint.every=10 \\
+      --hours 2 --faults 160 --together
+
+| fault | times | training again after, median and longest, s |
+|---|---|---|
+| the command is asked to stop (SIGTERM) | 21 | 1, 188 |
+| a bit of a checkpoint flips | 10 | 62, 189 |
+| a rank is killed | 18 | 68, 197 |
+| a server is killed | 20 | 35, 146 |
+| a verifier is killed | 17 | 4, 62 |
+| the launcher is killed | 18 | 49, 113 |
+| a rank is stopped for 3 to 20 s | 14 | 22, 62 |
+| a server is stopped for 3 to 20 s | 21 | 18, 105 |
+
+139 faults in 7,201 s ended 61 starts: 22 as `stopped`, 19 by SIGKILL, 17 as `rank_lost`, 3 as `servers_gone`. Every law held: no process
+was left behind; the largest growth was 0.3% of memory (a rank), with no more descriptors or threads. At step 800 98.0% [96.1, 99.0] of
+400 held-out additions were right, without faults 97.0% [94.8, 98.3]. Goodput was 45%, with a fault every 52 s: 16% of the time went into
+starts, 15% into steps that were made again, 18% into the pauses between starts.
 """
 
 
