@@ -40,7 +40,10 @@ def test_the_servers_experts_bring_the_log_probs_nearer_over_twenty_updates(tmp_
     with_replay, own = ([step[f"train/replay/logprob_gap{suffix}"] for step in steps] for suffix in ("", "_own_choice"))
     print(f"mean gap with replay {sum(with_replay) / 20:.2e}, without {sum(own) / 20:.2e} nats/token")
     assert sum(with_replay) < 0.9 * sum(own)
-    assert all(0 < step["train/replay/route_difference"] < 0.1 for step in steps)
+    # Groups that waited were sampled by earlier weights, whose routers chose otherwise more often.
+    fresh = [step["train/replay/route_difference"] for step in steps if step["train/staleness"] == 0]
+    assert fresh
+    assert all(0 < difference < 0.05 for difference in fresh)
     assert all(step["train/train_rollout_logprob_abs_diff_max"] < 0.1 for step in steps)
 
 
