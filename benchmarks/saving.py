@@ -4,13 +4,13 @@
 
 One rank learns from the quickstart's traces with a model of some 9 million parameters, whose checkpoint has about 110
 MB. The variants take turns, a block of steps each, so that a change of the machine's load affects all; every block
-resumes from the checkpoint at the end of the block before. A block's first step, which compiles and reads, and its
-last, whose save every run waits for, are left out; two saves remain. ``timing_s/step`` is the time of a step with its
-save. A save in the background takes time from the steps after it, which counts too: the writer needs a core, and of two
-cores one is the rank's.
+resumes from the checkpoint at the end of the block before. A block's first step and its last, whose save every run
+waits for, are left out; two saves remain. Every time is that between two records of the metrics, a save included. A
+save in the background slows the steps after it, which counts too: of two cores the writer takes one.
 
-The last line is one JSON object: ``async_share`` and ``sync_share``, the seconds that one save adds to the steps of its
-block, divided by those of 10 steps without a save; medians over the blocks.
+The last line is one JSON object, of medians over the blocks: ``async_share`` and ``sync_share`` are the seconds that
+one save adds to the steps of its block, beyond their median, divided by those of 10 such steps; ``none_share`` is the
+same where nothing was saved, which is noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -64,22 +64,22 @@ def train_block(folder: Path, name: str, steps: int, prompts: int) -> None:
 
 def seconds(folder: Path, name: str, block: int) -> list[list[float]]:
     """Return the seconds of the steps of each block, without its first and its last."""
-    rows = {int(row["step"]): row for row in read_metrics(folder / name / "metrics.jsonl")}
+    times = {int(row["step"]): float(row["time"]) for row in read_metrics(folder / name / "metrics.jsonl")}
     blocks = [
-        [rows[step]["timing_s/step"] for step in range(first + 2, first + block)]
-        for first in range(0, max(rows), block)
+        [times[step] - times[step - 1] for step in range(first + 2, first + block)]
+        for first in range(0, max(times), block)
     ]
     for number, steps in enumerate(blocks):
         print(f"{name:>6}, block {number + 1}: {', '.join(f'{one:.2f}' for one in steps)} s", flush=True)
     return blocks
 
 
-def share(found: Mapping[str, Sequence[Sequence[float]]], name: str) -> float:
+def share(blocks: Sequence[Sequence[float]]) -> float:
     """Return the cost of a save as a share of EVERY steps, the median over blocks."""
     shares = []
-    for steps, plain in zip(found[name], found["none"], strict=True):
-        saves = max(sum(number % EVERY == 0 for number in range(2, len(plain) + 2)), 1)
-        shares.append((sum(steps) - sum(plain)) / saves / (EVERY * sum(plain) / len(plain)))
+    for steps in blocks:
+        saves = max(sum(number % EVERY == 0 for number in range(2, len(steps) + 2)), 1)
+        shares.append((sum(steps) / median(steps) - len(steps)) / saves / EVERY)
     return round(median(shares), 4)
 
 
@@ -91,13 +91,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out.resolve()  # the commands run in the repository, this program in any folder
     measuring.print_header()
-    block, blocks, prompts = (12, 2, 8) if args.smoke else (30, args.blocks, 48)
+    block, blocks, prompts = (12, 2, 8) if args.smoke else (22, args.blocks, 192)
     make_inputs(args.out, smoke=args.smoke)
     for number in range(1, blocks + 1):
         for name in VARIANTS if number % 2 else reversed(list(VARIANTS)):
             train_block(args.out, name, number * block, prompts)
-    found = {name: seconds(args.out, name, block) for name in VARIANTS}
-    measuring.print_result({f"{name}_share": share(found, name) for name in ("async", "sync")})
+    measuring.print_result({f"{name}_share": share(seconds(args.out, name, block)) for name in reversed(VARIANTS)})
 
 
 if __name__ == "__main__":

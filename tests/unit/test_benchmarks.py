@@ -24,6 +24,7 @@ LAST_LINES = {
     "interval_coverage": {"coverage_3_or_more_seeds", "coverage_2_seeds"},
     "probe": {"time_vs_updates", "memory_256_vs_32"},
     "probe_coverage": {"least_coverage"},
+    "saving": {"async_share", "sync_share", "none_share"},
     "routes": {"read_vs_text", "cut_vs_whole", "gib_for_1024", "share_of_step"},
     "journal": {"write_vs_parse", "digest_vs_copy", "bytes_per_token", "us_per_token"},
     "controller": {"cpu_vs_lists", "cpu_vs_lists_with_text", "longest_step_ms", "lag_p99_vs_lists"},
@@ -61,7 +62,7 @@ def benchmarks(monkeypatch):
 def test_a_benchmark_says_where_it_ran_and_reaches_its_last_line(name, tmp_path):
     if name == "lm_eval_gsm8k" and not (ROOT / ".venv-lm-eval" / "bin" / "lm-eval").is_file():
         pytest.skip("needs make setup-lm-eval")
-    where = ["--out", str(tmp_path / "out")] if name in ("asynchrony", "lm_eval_gsm8k") else []
+    where = ["--out", str(tmp_path / "out")] if name in ("asynchrony", "lm_eval_gsm8k", "saving") else []
     lines = output_of(f"{name}.py", "--smoke", *where).splitlines()
     header = "\n".join(line for line in lines if line.startswith(("# ", "$ ")))
     for pattern in (
