@@ -81,17 +81,18 @@ def _swap(
         works = []
         if out is not None:
             works.append(
-                dist.isend(_bytes_of(np.require(out, requirements=["C", "W"])), group=leaders, group_dst=target)
+                dist.isend(bytes_of(np.require(out, requirements=["C", "W"])), group=leaders, group_dst=target)
             )
         if into is not None:
-            works.append(dist.irecv(_bytes_of(into), group=leaders, group_src=source))
+            works.append(dist.irecv(bytes_of(into), group=leaders, group_src=source))
         for work in works:
             assert work is not None, "this rank is in the group"
             work.wait()
     return arrays
 
 
-def _bytes_of(array: Routes) -> torch.Tensor:
+def bytes_of(array: Routes) -> torch.Tensor:
+    """Return the memory of an array, whose type torch may not have, as a tensor of bytes for a message."""
     return torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_dypo.batching.zigzag import zigzag_indices
 from megatron_dypo.rollout.routes import RouteShape
-from megatron_dypo.types import Microbatch, Routes, Sample
+from megatron_dypo.types import Microbatch, Routes, Sample, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +54,13 @@ def cut_routes(
     """
     tokens = share.tokens(microbatch, context)
     routes = np.full((len(tokens), len(share.layers), shape.per_token), shape.unknown, shape.dtype)
-    sample_T, positions_T = microbatch.sample_T[tokens], microbatch.positions_T[tokens]
-    layers = _as_slice(share.layers)
-    for index in np.unique(sample_T[sample_T >= 0]):
+    for index, rows, positions in _by_sample(microbatch, tokens):
         known = samples[index].routes
         if known is None:
             continue
         _require_shape(samples[index], known, shape)
-        rows = np.flatnonzero((sample_T == index) & (positions_T < len(known)))
-        routes[rows] = known[positions_T[rows]][:, layers]
+        is_known = positions < len(known)
+        routes[rows[is_known]] = known[_place(positions[is_known], share.layers)]
     return routes
 
 
@@ -72,16 +71,8 @@ def put_routes(routes: Sequence[Routes], part: Routes, microbatch: Microbatch, s
         routes: [L, layers, k] of each sample that was packed.
         part: [T', layers, k] of the rank's tokens and layers.
     """
-    tokens = share.tokens(microbatch, context)
-    sample_T, positions_T = microbatch.sample_T[tokens], microbatch.positions_T[tokens]
-    layers = _as_slice(share.layers)
-    for index in np.unique(sample_T[sample_T >= 0]):
-        rows = np.flatnonzero(sample_T == index)
-        whole, positions = routes[index], positions_T[rows]
-        if isinstance(layers, slice):
-            whole[positions, layers] = part[rows]
-        else:
-            whole[positions[:, None], np.array(layers)] = part[rows]
+    for index, rows, positions in _by_sample(microbatch, share.tokens(microbatch, context)):
+        routes[index][_place(positions, share.layers)] = part[rows]
 
 
 def has_routes(microbatch: Microbatch, samples: Sequence[Sample]) -> bool:
@@ -89,10 +80,23 @@ def has_routes(microbatch: Microbatch, samples: Sequence[Sample]) -> bool:
     return any(samples[index].routes is not None for index in np.unique(microbatch.sample_T) if index >= 0)
 
 
-def _as_slice(layers: tuple[int, ...]) -> slice | list[int]:
-    """Return a slice, which copies nothing, where the layers follow each other."""
+def _by_sample(
+    microbatch: Microbatch, tokens: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, npt.NDArray[np.int64], Tokens]]:
+    """Yield each sample that has some of the tokens: its index, their indices in ``tokens``, their positions in it."""
+    sample_T, positions_T = microbatch.sample_T[tokens], microbatch.positions_T[tokens]
+    for index in np.unique(sample_T[sample_T >= 0]).tolist():
+        rows = np.flatnonzero(sample_T == index)
+        yield index, rows, positions_T[rows]
+
+
+def _place(positions: Tokens, layers: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return the index of these positions and layers in the routes of a whole sample; layers that follow each other are
+    a slice, which is faster."""
     first = layers[0] if layers else 0
-    return slice(first, first + len(layers)) if layers == tuple(range(first, first + len(layers))) else list(layers)
+    if layers == tuple(range(first, first + len(layers))):
+        return positions, slice(first, first + len(layers))
+    return positions[:, None], np.array(layers)
 
 
 def _require_shape(sample: Sample, routes: Routes, shape: RouteShape) -> None:

@@ -63,6 +63,21 @@ class Config:
             ("objective.rl_only_steps", self.objective.rl_only_steps),
         ):
             require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
+        self._require_objective()
+        self._require_refit()
+        require(
+            self.optimizer.distributed or not self.model.fp8.param_gather,
+            "model.fp8.param_gather=true",
+            "needs optimizer.distributed=true, which gathers parameters",
+        )
+        require(
+            not (self.optimizer.overlap_param_gather and self.model.fp8.param_gather),
+            "optimizer.overlap_param_gather=true",
+            "needs model.fp8.param_gather=false: quantised parameters are gathered at the end of the update",
+        )
+
+    def _require_objective(self) -> None:
+        """Require the objective, the source of its log-probs and the rollouts to suit each other."""
         require(
             self.old_logp.source == "trainer" or not self.objective.importance.is_on(),
             "objective.importance",
@@ -90,6 +105,9 @@ class Config:
             "objective.alpha=auto",
             "needs probe.every: α follows the probe's estimates",
         )
+
+    def _require_refit(self) -> None:
+        """Require the servers to take refits as the config says."""
         require(
             not (self.refit.offload_servers and self.rollout.servers.urls),
             "refit.offload_servers=true",
@@ -101,16 +119,6 @@ class Config:
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require_refittable(self.rollout.servers.extra_args, self.refit.transport)
-        require(
-            self.optimizer.distributed or not self.model.fp8.param_gather,
-            "model.fp8.param_gather=true",
-            "needs optimizer.distributed=true, which gathers parameters",
-        )
-        require(
-            not (self.optimizer.overlap_param_gather and self.model.fp8.param_gather),
-            "optimizer.overlap_param_gather=true",
-            "needs model.fp8.param_gather=false: quantised parameters are gathered at the end of the update",
-        )
 
     @property
     def servers(self) -> ServersConfig:

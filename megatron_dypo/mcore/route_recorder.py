@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_dypo.batching.exchange import bytes_of
 from megatron_dypo.batching.routes import Share, put_routes
 from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.types import Microbatch, Routes, Sample
@@ -45,39 +46,27 @@ class RouteRecorder:
         if replay.layout.is_replica_leader:
             sizes = ((len(sample.tokens), shape.num_layers, shape.per_token) for sample in samples)
             self.routes = [np.full(size, shape.unknown, shape.dtype) for size in sizes]
+        shares = self._shares()
         for index, microbatch in enumerate(whole):
-            own = self._own(index)
-            for share in replay.shares:
-                if share.parts == 1 and share.rank not in self._first_of_tensor:
-                    continue  # without sequence parallelism it saw the same tokens as another rank
+            for share in shares:
+                is_own = share.rank == replay.layout.rank
                 if replay.layout.is_replica_leader:
-                    part = own if share.rank == replay.layout.rank else self._received(microbatch, share)
+                    part = self._own(index) if is_own else replay.receive(microbatch, share, share.rank)
                     put_routes(self.routes, part, microbatch, share, replay.layout.context)
-                elif share.rank == replay.layout.rank:
-                    buffer = torch.from_numpy(own.view(np.uint8).reshape(-1))
-                    dist.send(buffer, dst=replay.layout.leader_rank, group=replay.layout.replica_group)
+                elif is_own:
+                    routes = bytes_of(self._own(index))
+                    dist.send(routes, dst=replay.layout.leader_rank, group=replay.layout.replica_group)
 
-    @property
-    def _first_of_tensor(self) -> set[int]:
-        """Return the ranks that are first to hold their tokens and layers."""
-        first: dict[tuple[int, tuple[int, ...]], int] = {}
+    def _shares(self) -> list[Share]:
+        """Return the shares that together are the whole: a stage may have no experts, and without sequence parallelism
+        several ranks see the same tokens."""
+        first: dict[tuple[int, int, tuple[int, ...]], Share] = {}
         for share in self._replay.shares:
-            first.setdefault((share.cp_rank, share.layers), share.rank)
-        return set(first.values())
+            if share.layers:
+                first.setdefault((share.cp_rank, share.part, share.layers), share)
+        return list(first.values())
 
     def _own(self, index: int) -> Routes:
-        slots, share = self._replay.slots, self._replay.own_share
-        assert [slot.column for slot in slots] == list(range(len(share.layers))), "one slot a layer, in their order"
-        recorded = [slot.record[index] for slot in slots if slot.record is not None]
-        shape = self._replay.shape
-        if not recorded:
-            return np.zeros((0, 0, shape.per_token), shape.dtype)
-        return torch.stack(recorded, dim=1).cpu().numpy().astype(shape.dtype)
-
-    def _received(self, microbatch: Microbatch, share: Share) -> Routes:
-        replay = self._replay
-        routes = np.empty(share.shape(microbatch, replay.layout.context, replay.shape.per_token), replay.shape.dtype)
-        dist.recv(
-            torch.from_numpy(routes.view(np.uint8).reshape(-1)), src=share.rank, group=replay.layout.replica_group
-        )
-        return routes
+        """Return this rank's part of the microbatch with this index."""
+        recorded = [slot.record[index] for slot in self._replay.slots if slot.record is not None]
+        return torch.stack(recorded, dim=1).cpu().numpy().astype(self._replay.shape.dtype)

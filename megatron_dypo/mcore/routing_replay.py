@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dypo.batching.exchange import bytes_of
 from megatron_dypo.batching.routes import Share, cut_routes, has_routes
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.moe_router import routers
@@ -148,7 +149,7 @@ class RoutingReplay:
     def _exchange(self, whole: Sequence[Microbatch], samples: Sequence[Sample]) -> Iterator[Routes]:
         if self.layout.is_replica_leader:
             return iter(self._send(whole, samples))
-        return iter([self._receive(microbatch) for microbatch in whole])
+        return iter([self.receive(microbatch, self.own_share, self.layout.leader_rank) for microbatch in whole])
 
     def _send(self, whole: Sequence[Microbatch], samples: Sequence[Sample]) -> list[Routes]:
         own: list[Routes] = []
@@ -159,7 +160,7 @@ class RoutingReplay:
                 if share.rank == self.layout.rank:
                     own.append(routes)
                     continue
-                buffer = torch.from_numpy(routes.view(np.uint8).reshape(-1))
+                buffer = bytes_of(routes)
                 work = dist.isend(buffer, dst=share.rank, group=self.layout.replica_group)
                 assert work is not None, "this rank is in the group"
                 open_sends.append((work, buffer))
@@ -169,10 +170,10 @@ class RoutingReplay:
             work.wait()
         return own
 
-    def _receive(self, microbatch: Microbatch) -> Routes:
-        routes = np.empty(self.own_share.shape(microbatch, self.layout.context, self.shape.per_token), self.shape.dtype)
-        buffer = torch.from_numpy(routes.view(np.uint8).reshape(-1))
-        dist.recv(buffer, src=self.layout.leader_rank, group=self.layout.replica_group)
+    def receive(self, microbatch: Microbatch, share: Share, source: int) -> Routes:
+        """Receive the routes of a share of a whole microbatch from rank ``source`` of the replica."""
+        routes = np.empty(share.shape(microbatch, self.layout.context, self.shape.per_token), self.shape.dtype)
+        dist.recv(bytes_of(routes), src=source, group=self.layout.replica_group)
         return routes
 
     @property
