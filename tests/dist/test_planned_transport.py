@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_dypo.models.experts import Experts
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
-from tests.support.dist.spawn import run_ranks
+from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
 from tests.support.architectures import make_arch
 
@@ -157,6 +158,40 @@ def hang_while_receiving() -> None:
     GroupIncoming.take = hang  # type: ignore[method-assign]
 
 
+def die_while_connecting() -> None:
+    from megatron_dypo.refit.transports.local import LocalReceiver
+    from megatron_dypo.refit.transports.p2p import GroupReceiver
+
+    def die(*args: Any) -> Any:
+        os._exit(1)
+
+    for kind in (GroupReceiver, LocalReceiver):
+        kind.connect = die  # type: ignore[assignment, method-assign]
+
+
+def miss_the_loss() -> None:
+    """Let a trainer rank's links wait on when their connections break, as gloo's do now and then and NCCL's always."""
+    from megatron_dypo.refit.transports.links import Outgoing
+    from megatron_dypo.refit.transports.local import LocalOutgoing
+    from megatron_dypo.refit.transports.p2p import GroupOutgoing
+
+    def wait(self: Outgoing) -> None:
+        threading.Event().wait()
+
+    for end in (GroupOutgoing, LocalOutgoing):
+        end.drain = wait  # type: ignore[method-assign]
+        end.post = lambda self, payload: None  # type: ignore[method-assign]
+
+
+def die_while_sending() -> None:
+    from megatron_dypo.refit.transports.p2p import GroupOutgoing
+
+    def die(self: Any, payload: torch.Tensor) -> None:
+        os._exit(1)
+
+    GroupOutgoing.post = die  # type: ignore[method-assign]
+
+
 NEVER_S = 3600.0
 """A deadline beyond that of any test: nobody can have waited for half of it."""
 
@@ -186,9 +221,41 @@ def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
 
 
-def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks() -> None:
-    with servers(DENSE, [ServerMesh(tensor=2)], prepare=die_while_receiving) as (server,):
-        refit = Refit(arch=DENSE, axes=Mesh(pipeline=2), urls=(server.url,), kind="p2p", deadline_s=NEVER_S, seeds=(1,))
-        by_rank = run_ranks(2, rank_refit, refit)
+@pytest.mark.parametrize("kind", ["p2p", "local"])
+@pytest.mark.parametrize(
+    ("fault", "trainer"),
+    [(die_while_receiving, None), (die_while_receiving, miss_the_loss), (die_while_connecting, None)],
+)
+def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks(
+    kind: str, fault: Callable[[], None], trainer: Callable[[], None] | None
+) -> None:
+    with servers(DENSE, [ServerMesh(tensor=2)], prepare=fault) as (server,):
+        refit = Refit(
+            arch=DENSE,
+            axes=Mesh(pipeline=2),
+            urls=(server.url,),
+            kind=kind,
+            deadline_s=NEVER_S,
+            seeds=(1,),
+            prepare=trainer,
+        )
+        by_rank = run_ranks(2, rank_refit, refit, deadline_s=120)
     for (outcome,) in by_rank:
         assert server.url in outcome["error"]
+
+
+def test_a_server_whose_links_miss_the_loss_of_the_trainer_is_free_again() -> None:
+    with servers(DENSE, [ServerMesh(tensor=1)], prepare=hang_while_receiving) as (server,):
+        refit = Refit(
+            arch=DENSE,
+            axes=Mesh(tensor=2),
+            urls=(server.url,),
+            kind="p2p",
+            deadline_s=NEVER_S,
+            seeds=(1,),
+            prepare=die_while_sending,
+        )
+        with pytest.raises(RankError):
+            run_ranks(2, rank_refit, refit, deadline_s=120)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(server.params, 0).result(timeout=60)
