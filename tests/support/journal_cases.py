@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,8 @@ class MortalPolicy(FakePolicy):
         """Version → its digest."""
         self.learned: dict[int, set[int]] = {}
         """Version → draws that its update learned from."""
+        self._histories: dict[int, str] = {}
+        """Step of a checkpoint → digest of its weights."""
         if stored is not None:
             self.version, self.history = stored.step, stored.history
 
@@ -98,11 +100,14 @@ class MortalPolicy(FakePolicy):
 
     def save(self, root: Path, step: int, **options: Any) -> Path:
         self._ticks.tick()
+        self._histories[step] = self.history
         folder = super().save(root, step, **options)
-        self.saved[step]["history"] = self.history
         self._ranks.any_rank(False)  # a real checkpoint is there once every rank has written its part
         self._ticks.tick()
         return folder
+
+    def _publish(self, folder: Path, step: int, state: dict[str, Any], on_publish: Callable[[], object]) -> None:
+        super()._publish(folder, step, {**state, "history": self._histories[step]}, on_publish)
 
 
 @dataclass(frozen=True, kw_only=True)

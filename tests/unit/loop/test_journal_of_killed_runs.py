@@ -25,6 +25,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sync, two rounds": {"rollout": {"prompts_per_round": ROUND // 2}},
     "async": {"rollout": {"mode": "async"}},
     "async, log-probs of the trainer": {"rollout": {"mode": "async"}, **TRAINER},
+    "async, saved in the background": {
+        "rollout": {"mode": "async"},
+        "checkpoint": CheckpointConfig(every=2, keep=9, async_save=True),
+    },
     "oversampled": {"rollout": {"oversample": 1.5}},
     "sft": {"rollout": {}, "objective": ObjectiveConfig(name="sft")},
 }
@@ -46,8 +50,8 @@ repeat a collection exactly, and then makes the groups after it again; docs/resu
 
 
 def config_of(case: str, run_dir: Path) -> Config:
-    options = {**CASES[case], "rollout": {"max_in_flight": 2, **CASES[case]["rollout"]}}
-    return make_config(run_dir, steps=STEPS, checkpoint=CheckpointConfig(every=2, keep=9), **options)
+    options = {"checkpoint": CheckpointConfig(every=2, keep=9), **CASES[case]}
+    return make_config(run_dir, steps=STEPS, **{**options, "rollout": {"max_in_flight": 2, **options["rollout"]}})
 
 
 @pytest.mark.parametrize(("case", "world", "seed"), MOMENTS)
