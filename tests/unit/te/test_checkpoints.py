@@ -54,7 +54,8 @@ def test_a_converted_checkpoint_gives_the_weights_of_the_hf_folder(
 def norm_of_queries(kind: str) -> str:
     if kind in ("deepseek_v3", "moonlight"):
         return "self_attention.linear_kv_up_proj.layer_norm_weight"
-    return "self_attention.q_layernorm.weight" if "qwen3" in kind or kind == "glm4_moe" else "self_attention.linear_qkv.layer_norm_weight"
+    has_norms_of_heads = kind in ("qwen3", "qwen3_moe", "glm4_moe")
+    return "self_attention." + ("q_layernorm.weight" if has_norms_of_heads else "linear_qkv.layer_norm_weight")
 
 
 def test_layers_that_worked_in_fp8_are_saved_and_resume_with_their_scales(version: str, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Refits of latent attention into a real SGLang server, which derives tensors of its own from the weights."""
+"""Refits of models of the types of DeepSeek-V3 and GLM-4.5 into a real SGLang server. With latent attention it derives
+tensors of its own from the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ BODY = {
 }
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3", "moonlight"])
+@pytest.fixture(scope="module", params=["deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_yarn"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
