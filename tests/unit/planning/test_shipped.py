@@ -47,12 +47,18 @@ def test_a_shipped_model_is_that_of_its_folder(name, folder):
     assert ours == theirs
 
 
-def test_plan_needs_no_folder_for_a_named_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "name", "expected"),
+    [
+        (ROOT / "examples" / "llama3_70b" / "config.yaml", "llama3-70b", "llama, 70.55e9 parameters"),
+        (CONFIGS / "qwen3_235b_a22b.yaml", "glm-4.5-air", "glm4_moe, 106.85e9 parameters"),
+    ],
+)
+def test_plan_needs_no_folder_for_a_named_model(config, name, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = ROOT / "examples" / "llama3_70b" / "config.yaml"
-    done = CliRunner().invoke(app, ["plan", str(config), "--model=llama3-70b", "--nodes=8"])
+    done = CliRunner().invoke(app, ["plan", str(config), f"--model={name}", "--nodes=8"])
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("llama3-70b: llama, 70.55e9 parameters")
+    assert done.stdout.startswith(f"{name}: {expected}")
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_known_one():
