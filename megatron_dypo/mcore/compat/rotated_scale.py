@@ -6,6 +6,7 @@ import math
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dypo.checks import require
 from megatron_dypo.mcore.compat.private_name import PrivateName
 
 FACTOR_OF_CONFIG = PrivateName(
@@ -23,14 +24,17 @@ FACTOR_OF_CONFIG = PrivateName(
 def scale_rotated(config: TransformerConfig, factor: float) -> None:
     """Let every attention of this config multiply the rotated channels of queries and keys by ``factor``.
 
-    Transformer Engine's fused rotation ignores the factor, so the config must not ask for that.
-
     Raises:
+        ValueError: the config asks for the fused rotation, which ignores the factor.
         RuntimeError: this Megatron-Core computes another factor.
     """
     if factor == 1:
         return
-    assert not config.apply_rope_fusion, "the fused rotation knows no factor"
+    require(
+        not config.apply_rope_fusion,
+        "model.megatron.apply_rope_fusion=True",
+        f"must be false: the fused rotation ignores the attention factor {factor:g} of the yarn scaling",
+    )
     values = {"yarn_rotary_scaling_factor": math.e, "yarn_mscale": 10 * (factor - 1), "yarn_mscale_all_dim": 0.0}
     for name, value in values.items():
         setattr(config, name, value)
