@@ -182,13 +182,15 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     defaults = DEFAULTS[family]
     theta, scaling = read_rope(fields, is_partial=defaults.rotated_share is not None)
     latent = read_latent_attention(fields, heads, scaling) if family == "deepseek_v3" else None
+    key_values = key_value_heads(fields, heads, defaults)
+    channels = latent.query_dim if latent else head_dim(fields, hidden, heads, defaults)
     return Architecture(
         family=family,
         num_layers=num_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=key_value_heads(fields, heads, defaults),
-        head_dim=latent.query_dim if latent else head_dim(fields, hidden, heads, defaults),
+        num_key_value_heads=key_values,
+        head_dim=channels,
         ffn_hidden_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
@@ -200,17 +202,17 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         qk_norm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and fields.flag("use_qk_norm", False)),
         experts=read_experts(fields, num_layers),
         latent=latent,
-        rotated_share=_rotated_share(fields, hidden, heads, defaults),
+        rotated_share=_rotated_share(fields, channels, defaults),
         num_mtp_layers=_mtp_layers(fields) if family in ("deepseek_v3", "glm4_moe") else 0,
         # Other families name a window that they do not use (``use_sliding_window: false``).
         sliding_window=fields.optional_integer("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
     )
 
 
-def _rotated_share(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) -> float:
+def _rotated_share(fields: Fields, channels: int, defaults: FamilyDefaults) -> float:
     if defaults.rotated_share is None:
         return 1.0
-    share, channels = read_rotated_share(fields, defaults.rotated_share), head_dim(fields, hidden, heads, defaults)
+    share = read_rotated_share(fields, defaults.rotated_share)
     if not int(channels * share) or int(channels * share) % 2:
         raise ValueError(
             f"{fields.where}: partial_rotary_factor={share:g} of head_dim={channels}: must give an even number of "

@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,12 @@ from megatron_dypo.refit.control_message import (
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import Transfer
 from megatron_dypo.refit.transports.link_receiver import LinkReceiver
-from megatron_dypo.refit.transports.links import LinkError, Receiver, ServerLinks
+from megatron_dypo.refit.transports.links import Receiver, ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver
 from megatron_dypo.refit.transports.lost_peers import trainer_error
 from megatron_dypo.refit.transports.messages import cut
 from megatron_dypo.refit.transports.p2p import GroupReceiver
-from megatron_dypo.refit.transports.threads import run_concurrently
+from megatron_dypo.refit.transports.threads import run_concurrently, run_unless_lost
 
 RECEIVERS: dict[str, type[Receiver]] = {"p2p": GroupReceiver, "local": LocalReceiver}
 
@@ -64,16 +64,8 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
 class Session:
     """This rank's end of one connection to the trainer, and its part of the plan."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        message: ControlMessage,
-        store: dist.Store,
-        trainer_is_lost: Callable[[], LinkError | None],
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> None:
         """Report the parameters of this rank, and connect with all trainer ranks that send to it.
-
-        ``trainer_is_lost`` returns why the trainer will not come any more, or None.
 
         Raises:
             ValueError: the plan is not possible.
@@ -82,7 +74,8 @@ class Session:
         deadline = Deadline(message.timeout_s)
         self.connection = message.connection
         self._model = model
-        self._trainer_is_lost = trainer_is_lost
+        watched = reach_store(message.store_address, datetime.timedelta(seconds=message.timeout_s))
+        self._trainer_error = functools.partial(trainer_error, watched)
         self._params = {name: param.detach() for name, param in model.named_parameters()}
         store.set(inventory_key(message.server, message.server_rank), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
@@ -104,7 +97,10 @@ class Session:
             most_of_a_rank=message.most_links,
             slot_bytes=message.slot_bytes,
         )
-        self._links = self._connect(RECEIVERS[message.transport], links_here, message.server_rank, deadline)
+        connect = RECEIVERS[message.transport].connect
+        self._links = run_unless_lost(
+            functools.partial(connect, links_here, message.server_rank, deadline), self._trainer_error
+        )
 
     def receive(self, message: ControlMessage) -> int:
         """Bring all parameters to the refit's version; return the number of bytes received.
@@ -119,7 +115,7 @@ class Session:
             LinkReceiver(self._params, source, self._links.incoming(source, deadline), messages, message)
             for source, messages in self._messages.items()
         ]
-        errors = run_concurrently([receiver.receive for receiver in receivers], lambda _: self._trainer_is_lost())
+        errors = run_concurrently([receiver.receive for receiver in receivers], lambda _: self._trainer_error())
         device.synchronize()
         lost = [f"from trainer rank {one.source}: {why}" for one, why in zip(receivers, errors, strict=True) if why]
         if lost:
@@ -130,15 +126,6 @@ class Session:
     def close(self) -> None:
         """Close all links."""
         self._links.close()
-
-    def _connect(self, kind: type[Receiver], links: ServerLinks, server_rank: int, deadline: Deadline) -> Receiver:
-        made: list[Receiver] = []
-        (error,) = run_concurrently(
-            [lambda: made.append(kind.connect(links, server_rank, deadline))], lambda _: self._trainer_is_lost()
-        )
-        if error is not None:
-            raise error
-        return made[0]
 
     def _padded_params(self, transfers: Sequence[Transfer]) -> list[str]:
         """List the parameters that the plan does not fill."""
@@ -171,12 +158,10 @@ def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 class _Held:
-    """The state of a process between calls of :func:`load`: store and session of the last connection, and a second
-    client of the store."""
+    """The state of a process between calls of :func:`load`: store and session of the last connection."""
 
     def __init__(self) -> None:
         self._stores: dict[str, dist.Store] = {}
-        self._watched: dist.Store | None = None
         self._sessions: dict[str, Session] = {}
 
     def store(self, message: ControlMessage) -> dist.Store:
@@ -185,15 +170,12 @@ class _Held:
             self.forget()
             timeout = datetime.timedelta(seconds=message.timeout_s)
             self._stores = {message.connection: reach_store(message.store_address, timeout)}
-            self._watched = reach_store(message.store_address, timeout)
         return self._stores[message.connection]
 
     def obey(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> int:
         """Open the connection, or receive over it; return the number of bytes received."""
         if message.refit == 0:
-            assert self._watched is not None
-            lost = functools.partial(trainer_error, self._watched)
-            self._sessions = {message.connection: Session(model, message, store, lost)}
+            self._sessions = {message.connection: Session(model, message, store)}
             return 0
         if message.connection not in self._sessions:
             raise RuntimeError(f"connection {message.connection} is not open here (any more)")
@@ -203,7 +185,7 @@ class _Held:
         """Close the session, and drop session and store."""
         for session in self._sessions.values():
             session.close()
-        self._sessions, self._stores, self._watched = {}, {}, None
+        self._sessions, self._stores = {}, {}
 
 
 _held = _Held()

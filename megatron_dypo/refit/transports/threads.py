@@ -6,12 +6,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from megatron_dypo.parallel import streams
 
+T = TypeVar("T")
 _LOOK_EVERY_S = 0.5
+"""Seconds between two looks for what is lost."""
 
 
 def run_concurrently(
@@ -58,6 +61,19 @@ def run_concurrently(
         reasons |= {index: reason for index in running if (reason := lost(index)) is not None}
         running = {index: thread for index, thread in running.items() if index not in reasons}
     return [reasons.get(index, error) for index, error in enumerate(errors)]
+
+
+def run_unless_lost(action: Callable[[], T], lost: Callable[[], BaseException | None]) -> T:
+    """Run one action as :func:`run_concurrently` does, and return its result.
+
+    Raises:
+        BaseException: what it raised, or the reason why it is lost.
+    """
+    made: list[T] = []
+    (error,) = run_concurrently([lambda: made.append(action())], lambda _: lost())
+    if error is not None:
+        raise error
+    return made[0]
 
 
 def drop_frames(error: BaseException | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,7 +23,7 @@ from megatron_dypo.refit.transports.local import LocalSender
 from megatron_dypo.refit.transports.lost_peers import LostServers
 from megatron_dypo.refit.transports.messages import Message, cut
 from megatron_dypo.refit.transports.p2p import GroupSender
-from megatron_dypo.refit.transports.threads import run_concurrently
+from megatron_dypo.refit.transports.threads import run_concurrently, run_unless_lost
 
 SENDERS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
 
@@ -137,14 +138,10 @@ class TrainerRank:
             most_of_a_rank=self._most_links,
             slot_bytes=self._slot_bytes,
         )
-        made: list[Sender] = []
-        (error,) = run_concurrently(
-            [lambda: made.append(kind.connect(links, self._rank, deadline))],
-            lambda _: self._lost_servers.error(0, server),
+        return run_unless_lost(
+            functools.partial(kind.connect, links, self._rank, deadline),
+            functools.partial(self._lost_servers.error, 0, server),
         )
-        if error is not None:
-            raise error
-        return made[0]
 
     def _raise(self, errors: Mapping[Link, BaseException]) -> None:
         ours = [error for error in errors.values() if not isinstance(error, LinkError)]
