@@ -16,7 +16,8 @@ from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
-from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import architecture_of
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout, check_replay
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -58,7 +59,7 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         return None
     arch = None
     with found.noting():
-        arch = load_architecture(config.model.hf_path)
+        arch = architecture_of(config.model)
     if arch is None:
         return None
     with found.noting():

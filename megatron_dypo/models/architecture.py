@@ -25,6 +25,9 @@ FAMILIES = tuple(DEFAULTS)
 """Values of ``model_type`` that have a name table (``megatron_dypo.models.families``)."""
 
 
+_HINT = " (for a dense model of another type, model.family=bridge takes the names from Megatron-Bridge)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Sizes and switches of a Llama-like decoder."""
@@ -54,6 +57,11 @@ class Architecture:
     one HF folder to another."""
     sliding_window: int | None = None
     """Number of last tokens that attention sees, the token itself included; None: all."""
+
+    @property
+    def is_bridged(self) -> bool:
+        """Return whether the family has no name table: names come from Megatron-Bridge."""
+        return self.family not in FAMILIES
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer, counted from 0, has experts instead of an MLP."""
@@ -168,7 +176,7 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     """
     fields, family = Fields(values=raw, where=where), raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}{_HINT}")
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers = fields.integer("num_hidden_layers")

@@ -37,7 +37,7 @@ from megatron_dypo.mcore.options.check import require_options
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
-from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.bridged import architecture_of
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -202,9 +202,9 @@ def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> 
     stack.callback(close, layout)
     found = features.probe()
     features.require_fp8(config.model.fp8, found)
-    require_options(config, load_architecture(config.model.hf_path), found)
+    require_options(config, architecture_of(config.model), found)
     memory, capability = memory_bytes(), compute_capability()
-    if config.run.check_memory and memory is not None and capability is not None:
+    if config.run.check_memory and config.model.family == "auto" and memory is not None and capability is not None:
         check_memory(
             config,
             trainer_gpus=layout.world_size,

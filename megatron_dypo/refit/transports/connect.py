@@ -45,6 +45,8 @@ def connect(
     leader = control if source.layout.is_global_leader else None
     one_host = len(set(lockstep.gather(host_id()))) == 1
     chosen = lockstep.run(functools.partial(_ask_and_choose, leader, config, one_host, deadline) if leader else None)
+    if source.arch.is_bridged:
+        chosen = "broadcast" if leader else None  # the config has refused the others; auto is this one
     kind = next(kind for kind in lockstep.gather(chosen) if kind is not None)
     if kind == "broadcast":
         return BroadcastConnection.open(source, control, lockstep, config.bucket_mib * 2**20, deadline)
