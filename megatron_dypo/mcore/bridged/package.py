@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -48,10 +47,8 @@ def import_bridge() -> Any:
         with contextlib.nullcontext() if uses_transformer_engine() else _without_adapters():
             return importlib.import_module(_PACKAGE)
     except ImportError as error:
-        version = importlib.metadata.version("megatron-bridge")
         raise ValueError(
-            f"model.family=bridge: megatron-bridge {version} cannot be imported ({error}): needs what its own "
-            "requirements name"
+            f"model.family=bridge: megatron-bridge cannot be imported ({error}): needs what its own requirements name"
         ) from error
 
 

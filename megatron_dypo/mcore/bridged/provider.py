@@ -94,6 +94,11 @@ def set_fields(provider: Any, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         is_fusion = name in _FUSIONS
         setattr(provider, name, value and getattr(provider, name) if is_fusion else value)
+    require(
+        provider.virtual_pipeline_model_parallel_size is None or not provider.share_embeddings_and_output_weights,
+        f"parallel.virtual_pipeline={provider.virtual_pipeline_model_parallel_size}",
+        "must be null with model.family=bridge for a model with tied embeddings, which Megatron-Bridge loads wrongly",
+    )
     provider.fp16 = False
     provider.should_pad_vocab = False
     provider.finalize()
