@@ -18,7 +18,7 @@ _TIMEOUT = datetime.timedelta(seconds=60)
 
 @dataclass
 class BroadcastServer(FakeServer):
-    """One server of one rank."""
+    """One server of one rank. A process can have one such server in a group, whose name torch registers."""
 
     loaded: dict[str, Tensor] = field(default_factory=dict)
     """Name → tensor, as it was received last."""
@@ -55,7 +55,7 @@ def _join(body: dict[str, Any]) -> Any:
         [],
         dist.Backend(body["backend"]),
         dist.PrefixStore(body["group_name"], store),
-        group_name=f"{body['group_name']} of rank {body['rank_offset']}",  # unique in this process
+        group_name=body["group_name"],
         backend_options=None,
         timeout=_TIMEOUT,
     )

@@ -46,5 +46,5 @@ def test_what_needs_a_name_table_is_refused_in_one_line(sections: dict[str, Any]
 
 
 def test_another_family_is_an_error_that_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="Input should be 'auto' or 'bridge'"):
+    with pytest.raises(ValueError, match="family='gemma': Input should be 'auto' or"):
         parse(model={"hf_path": "m", "family": "gemma"})
