@@ -17,6 +17,7 @@ from tests.support.broadcast_server import BroadcastServer
 from tests.support.dist.logits import rows
 from tests.support.dist.spawn import run_ranks
 from tests.support.fake_control import KEY, running
+from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers
 
 pytestmark = NEEDS_BRIDGE
@@ -146,7 +147,9 @@ def rank_refits(path: str, axes: dict[str, Any], urls: list[str], run_dir: str) 
 @pytest.mark.parametrize(("kind", "axes"), [("nemotron", {"tensor": 2}), ("gemma", {"pipeline": 2})])
 def test_servers_and_the_export_get_each_weight_once(kind, axes, models, tmp_path) -> None:
     expected = {name: 2 * tensor for name, tensor in load_file(models[kind] / "model.safetensors").items()}
-    with running([BroadcastServer(model_type=kind, model_path=str(models[kind]))]) as (server,):
+    state = {"model_type": kind, "model_path": str(models[kind])}
+    # A server that could take p2p and local, which auto must not choose.
+    with running([BroadcastServer(**state, loaders=("megatron_dypo.refit.receiver.load",))]) as (server,):
         results = run_ranks(2, rank_refits, str(models[kind]), axes, [server.url], str(tmp_path))
         assert server.version == "2"
     size = sum(4 * tensor.numel() for tensor in expected.values())
@@ -160,6 +163,40 @@ def test_servers_and_the_export_get_each_weight_once(kind, axes, models, tmp_pat
         assert_equal(written, expected)
     assert sorted(server.received) == sorted(expected)
     assert_equal(server.loaded, expected)
+
+
+def rank_run(config: str, steps: int) -> int:
+    """Run training up to a number of steps; return it."""
+    from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.loop.train import train
+
+    train(load_config(config, [f"run.steps={steps}"]))
+    return steps
+
+
+def test_a_run_trains_resumes_and_exports(tmp_path) -> None:
+    """Loss, optimizer, checkpoints and export of a whole run, on two tensor-parallel ranks."""
+    config = write_task(
+        tmp_path,
+        model={"family": "bridge"},
+        parallel={"tensor": 2},
+        objective={"name": "sft"},
+        run={"dir": str(tmp_path / "run"), "watchdog_s": 0},
+        logging={"tensorboard": False},
+    )
+    vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
+    for old in (tmp_path / "model").glob("*.safetensors"):
+        old.unlink()
+    make_bridged_model("nemotron", tmp_path / "model", vocab_size=vocabulary + vocabulary % 2)
+    for steps in (1, 3):
+        assert run_ranks(2, rank_run, str(config), steps) == [steps, steps]
+    assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
+    before, after = load_file(tmp_path / "model" / "model.safetensors"), {}
+    for file in (tmp_path / "run" / "hf").glob("*.safetensors"):
+        after |= load_file(file)
+    assert after.keys() == before.keys()
+    assert all(after[name].shape == before[name].shape for name in before)
+    assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
