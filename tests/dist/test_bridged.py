@@ -191,7 +191,8 @@ def test_a_run_trains_resumes_and_exports(tmp_path) -> None:
     for steps in (1, 3):
         assert run_ranks(2, rank_run, str(config), steps) == [steps, steps]
     assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
-    before, after = load_file(tmp_path / "model" / "model.safetensors"), {}
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "run" / "hf").glob("*.safetensors"):
         after |= load_file(file)
     assert after.keys() == before.keys()

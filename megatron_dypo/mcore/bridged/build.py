@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
+from megatron_dypo.mcore.compat.bridged_model import provide
 from megatron_dypo.mcore.policy_model import PolicyModel
-
-_PROVIDER = "megatron.bridge.models.gpt_provider"
-_MODEL_CLASS = "MCoreGPTModel"
-"""Name under which the provider's module knows Megatron's GPTModel, in 0.3 to 0.6."""
 
 
 def build_bridged_chunk(
@@ -35,14 +27,10 @@ def build_bridged_chunk(
         has_te: keep the provider's layers, which are Transformer Engine's; else take Megatron's local ones.
         stage: virtual pipeline stage; None: there is one.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     if not has_te:
         provider.transformer_layer_spec = local_layer
-    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     policy = functools.partial(PolicyModel, num_tokens=num_tokens, logprob_memory=logprob_memory)
-    with _building(policy):
-        model = provider.provide(pre_process=pre_process, post_process=post_process, vp_stage=stage)
+    model = provide(provider, policy, pre_process=pre_process, post_process=post_process, vp_stage=stage)
     assert isinstance(model, PolicyModel), "Megatron-Bridge builds its model of another class"
     return model
 
@@ -56,15 +44,3 @@ def local_layer(config: Any) -> Any:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return spec
-
-
-@contextlib.contextmanager
-def _building(model: Callable[..., torch.nn.Module]) -> Iterator[None]:
-    """Let the provider's module make ``model`` while the block runs (0.3.1, models/gpt_provider.py:243)."""
-    module = importlib.import_module(_PROVIDER)
-    upstream = getattr(module, _MODEL_CLASS)
-    setattr(module, _MODEL_CLASS, model)
-    try:
-        yield
-    finally:
-        setattr(module, _MODEL_CLASS, upstream)
