@@ -33,6 +33,7 @@ from megatron_dypo.mcore.bridged.build import build_bridged_chunk
 from megatron_dypo.mcore.bridged.provider import read_provider, set_fields
 from megatron_dypo.mcore.bridged.weights import BridgedWeights
 from megatron_dypo.mcore.checkpoints.weights import load_weights
+from megatron_dypo.mcore.compat.rotated_scale import scale_rotated
 from megatron_dypo.mcore.features import Features, probe, require_fp8
 from megatron_dypo.mcore.layer_specs import chunk_spec
 from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
@@ -41,7 +42,7 @@ from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, 
 from megatron_dypo.mcore.options.reading import Mapped, make, read_options
 from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
-from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.mcore.rope import inverse_frequencies, rotated_scale
 from megatron_dypo.mcore.sizes import NO_INITIAL_VALUES, sizes
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
@@ -117,7 +118,7 @@ def transformer_config(
         given = read_options(TransformerConfig, mapped)
         set_fields(provider, {**_layout(arch, model, parallel, features), **NO_INITIAL_VALUES, **given})
         return provider
-    return make(
+    config = make(
         MLATransformerConfig if arch.latent else TransformerConfig,
         mapped,
         named(model, parallel),
@@ -126,6 +127,8 @@ def transformer_config(
         **_experts(arch, model, parallel, features),
         **fp8.layer_settings(model.fp8),
     )
+    scale_rotated(config, rotated_scale(arch))
+    return config
 
 
 def load_initial_weights(
@@ -217,8 +220,9 @@ def _layout(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, fe
         "bias_activation_fusion": device.on_gpu(),
         "bias_dropout_fusion": device.on_gpu(),
         "masked_softmax_fusion": False,
-        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type.
-        "apply_rope_fusion": features.transformer_engine and arch.latent is None,
+        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type; that of
+        # other heads knows no factor.
+        "apply_rope_fusion": features.transformer_engine and arch.latent is None and rotated_scale(arch) == 1,
         "gradient_accumulation_fusion": features.grad_accumulation_fusion,
         "attention_softmax_in_fp32": True,
         **recompute(model),

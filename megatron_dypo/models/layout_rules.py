@@ -63,7 +63,7 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
 
     Raises:
         ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``;
-            or the model has multi-head latent attention.
+            or the model has multi-head latent attention or shared experts.
     """
     if not fp8.is_on:
         return
@@ -71,6 +71,11 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
         arch.latent is None,
         f"model.fp8.recipe={fp8.recipe}",
         f"must be none for a {arch.family} model: FP8 was not checked with multi-head latent attention",
+    )
+    require(
+        not (arch.experts and arch.experts.shared_width),
+        f"model.fp8.recipe={fp8.recipe}",
+        f"must be none for a {arch.family} model: FP8 was not checked with shared experts",
     )
     granule, tensor = fp8.token_multiple, parallel.tensor
     width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim

@@ -36,7 +36,7 @@ def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
 
 
 QUANTIZABLE = ("llama", "qwen2", "qwen3", "qwen3_moe")
-FAMILIES = (*QUANTIZABLE, "deepseek_v3")
+FAMILIES = (*QUANTIZABLE, "deepseek_v3", "glm4_moe")
 """Families of cases."""
 
 
@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = FAMILIES) 
     )
     server_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 8] if unit == 1 else [1, 2, 4]), min_size=1, max_size=3))
     servers = tuple(ServerMesh(tensor=size) for size in server_sizes)
-    if family in ("qwen3_moe", "deepseek_v3"):
+    if family in ("qwen3_moe", "deepseek_v3", "glm4_moe"):
         expert = draw(st.sampled_from(divisors(source.stage_size)))
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
         source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
@@ -92,11 +92,15 @@ def _architectures(
         num_experts = math.lcm(source.expert, *(server.expert for server in servers))
         width = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers)) * unit
         overrides["experts"] = qwen3_moe_experts(num_experts * draw(st.integers(1, 2)), width * draw(st.integers(1, 2)))
+    if family == "glm4_moe":
+        overrides |= {"qkv_bias": draw(st.booleans()), "qk_norm": draw(st.booleans())}
     if family == "deepseek_v3":
-        split = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers))
         kv_heads, latent = heads, make_arch(family).latent
         assert latent is not None
         overrides["latent"] = dataclasses.replace(latent, query_rank=draw(st.sampled_from([None, 11])))
+        head_dim = latent.query_dim
+    if family in ("deepseek_v3", "glm4_moe"):
+        split = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers))
         overrides["experts"] = dataclasses.replace(
             present(make_arch(family).experts),
             num_experts=math.lcm(source.expert, *(server.expert for server in servers)) * draw(st.integers(1, 2)),
@@ -104,7 +108,6 @@ def _architectures(
             shared_width=common * draw(st.integers(1, 2)),
             num_dense_layers=draw(st.integers(0, num_layers - 1)),
         )
-        head_dim = latent.query_dim
     return make_arch(
         family,
         num_layers=num_layers,
@@ -114,7 +117,7 @@ def _architectures(
         head_dim=head_dim,
         ffn_hidden_size=common * unit * draw(st.integers(1, 2)),
         vocab_size=draw(st.integers(8, 200)),
-        tied_embeddings=draw(st.booleans()),
+        tied_embeddings=family != "glm4_moe" and draw(st.booleans()),
         **overrides,
     )
 

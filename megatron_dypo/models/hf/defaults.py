@@ -17,6 +17,16 @@ class FamilyDefaults:
     """Whether null is allowed, meaning as many as query heads."""
     head_dim: int | None = None
     """Channels of a head. None: hidden size / heads, also for null."""
+    null_head_dim: bool = True
+    """Whether ``head_dim`` may be null, meaning hidden size / heads."""
+    norm_epsilon: float = 1e-6
+    """``rms_norm_eps``."""
+    attention_bias: bool = False
+    """Whether ``attention_bias`` may be true."""
+    rotated_share: float | None = None
+    """``partial_rotary_factor``. None: only 1 is supported."""
+    untied: bool = False
+    """Whether ``tie_word_embeddings`` must be false."""
 
 
 DEFAULTS = {
@@ -26,6 +36,9 @@ DEFAULTS = {
     "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
     "deepseek_v3": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
+    "glm4_moe": FamilyDefaults(
+        key_value_heads=8, null_head_dim=False, norm_epsilon=1e-5, attention_bias=True, rotated_share=0.5, untied=True
+    ),
 }
 """``model_type`` → defaults."""
 
@@ -49,7 +62,8 @@ def key_value_heads(fields: Fields, heads: int, defaults: FamilyDefaults) -> int
 
 def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) -> int:
     """Return the channels of a head. ValueError if the number is odd or contradicts the other sizes."""
-    if defaults.head_dim is not None or fields.get("head_dim") is not None:
+    is_null = "head_dim" in fields and fields.get("head_dim") is None
+    if defaults.head_dim is not None or fields.get("head_dim") is not None or (is_null and not defaults.null_head_dim):
         channels = fields.integer("head_dim", defaults.head_dim)
     else:
         if hidden % heads:
@@ -66,7 +80,11 @@ def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) 
 
 def refuse_unsupported(fields: Fields, family: str) -> None:
     """Raise ValueError for a field that needs a computation that this package lacks."""
-    rules = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    rules = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+    if not DEFAULTS[family].attention_bias:
+        rules["attention_bias"] = False
+    if DEFAULTS[family].untied:
+        rules["tie_word_embeddings"] = False
     for name, allowed in rules.items():
         value = fields.get(name)
         if value is not None and (type(value) is not type(allowed) or value != allowed):

@@ -8,10 +8,10 @@ from megatron_dypo.models.quantized.names import Quantization
 
 
 def require_quantizable(arch: Architecture, quantization: Quantization) -> None:
-    """Refuse FP8 weights of multi-head latent attention.
+    """Refuse FP8 weights of multi-head latent attention, and of an MLP that every token passes beside its experts.
 
     SGLang 0.5.23 quantises ``kv_b_proj`` once more when it derives its own tensors from it, in another way on each kind
-    of GPU (``models/deepseek_common/deepseek_weight_loader.py``, ``post_load_weights``).
+    of GPU (``models/deepseek_common/deepseek_weight_loader.py``, ``post_load_weights``). The second was not checked.
 
     Raises:
         ValueError: names the format and the family.
@@ -21,4 +21,9 @@ def require_quantizable(arch: Architecture, quantization: Quantization) -> None:
         f"quantize={quantization}",
         f"must be none for a {arch.family} model: SGLang quantises parts of multi-head latent attention again, each "
         "kind of GPU in its own way",
+    )
+    require(
+        not (arch.experts and arch.experts.shared_width) or quantization == "none",
+        f"quantize={quantization}",
+        f"must be none for a {arch.family} model: FP8 was not checked with shared experts",
     )
