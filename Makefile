@@ -184,7 +184,7 @@ test-core: setup setup-core  ## Run some tests on the newest Megatron-Core inste
 	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
 
 test-megatron-bridge: setup setup-megatron-bridge  ## Run the tests of models that Megatron-Bridge names.
-	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q tests/dist/test_bridged.py tests/unit/mcore/test_bridged_package.py
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q tests/dist/test_bridged_models.py tests/unit/mcore/test_bridged_package.py
 
 test-versions: setup  ## Build environments of all supported Pythons and cores, and test them (hours; VERSIONS=, PYTHONS=).
 	@$(BIN)/python tools/versions.py $(VERSIONS) $(addprefix --python ,$(PYTHONS))
