@@ -62,6 +62,8 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         arch = architecture_of(config.model)
     if arch is None:
         return None
+    if arch.is_bridged:
+        _check_provider(config, arch, found)
     with found.noting():
         check_layout(arch, config.parallel)
         check_replay(arch, config.objective.replay)
@@ -72,6 +74,19 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
             "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
         )
     return arch
+
+
+def _check_provider(config: Config, arch: Architecture, found: Findings) -> None:
+    """Check that Megatron-Bridge is there, and takes the model."""
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as ranks have it, for which this process may go on
+    from megatron_dypo.mcore.bridged.package import NOT_INSTALLED, is_installed
+    from megatron_dypo.mcore.bridged.provider import read_provider
+
+    if not is_installed():
+        found.missing.append(NOT_INSTALLED)
+        return
+    with found.noting():
+        read_provider(config.model.hf_path, arch)
 
 
 def check_weights(config: Config, found: Findings) -> None:
