@@ -56,6 +56,8 @@ CORE_TESTS := $(addprefix tests/unit/mcore/test_,compat.py features.py common_st
 BRIDGE_REQUIREMENTS := requirements/megatron_bridge.txt
 BRIDGE := .venv-megatron-bridge
 BRIDGE_STAMP := $(BRIDGE)/setup-$(shell cksum < $(BRIDGE_REQUIREMENTS) | cut -d ' ' -f 1).done
+BRIDGE_TESTS := $(addprefix tests/,dist/test_bridged_models.py dist/test_bridged_training.py unit/check/test_bridged_checks.py \
+	unit/mcore/test_bridged_package.py unit/te/test_bridged_layers.py)
 
 # For `make test-versions`: pairs such as 3.12/0.19.2 (empty: all), and interpreters that are not on the path.
 VERSIONS ?=
@@ -184,7 +186,7 @@ test-core: setup setup-core  ## Run some tests on the newest Megatron-Core inste
 	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
 
 test-megatron-bridge: setup setup-megatron-bridge  ## Run the tests of models that Megatron-Bridge names.
-	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q tests/dist/test_bridged_models.py tests/unit/mcore/test_bridged_package.py
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q $(BRIDGE_TESTS)
 
 test-versions: setup  ## Build environments of all supported Pythons and cores, and test them (hours; VERSIONS=, PYTHONS=).
 	@$(BIN)/python tools/versions.py $(VERSIONS) $(addprefix --python ,$(PYTHONS))

@@ -36,10 +36,11 @@ from megatron_dypo.mcore.checkpoints.weights import load_weights
 from megatron_dypo.mcore.compat.rotated_scale import scale_rotated
 from megatron_dypo.mcore.features import Features, probe, require_fp8
 from megatron_dypo.mcore.layer_specs import chunk_spec
+from megatron_dypo.mcore.layout_fields import layout_fields
 from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
 from megatron_dypo.mcore.options.denied import MODEL
-from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, named, recompute
-from megatron_dypo.mcore.options.reading import Mapped, make, read_options
+from megatron_dypo.mcore.options.named import data_parallel_config, named
+from megatron_dypo.mcore.options.reading import Mapped, make, read_options, refusals
 from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies, rotated_scale
@@ -114,16 +115,19 @@ def transformer_config(
     """
     mapped = Mapped("model.megatron", model.megatron, MODEL)
     if arch.is_bridged:
-        provider = read_provider(model.hf_path, arch, has_te=features.transformer_engine)
+        provider = read_provider(model.hf_path, arch)
         given = read_options(TransformerConfig, mapped)
-        set_fields(provider, {**_layout(arch, model, parallel, features), **NO_INITIAL_VALUES, **given})
+        own = {**layout_fields(arch, model, parallel, features), **NO_INITIAL_VALUES}
+        set_fields(provider, own, given)
+        with refusals(mapped, named(model, parallel)):
+            provider.finalize()
         return provider
     config = make(
         MLATransformerConfig if arch.latent else TransformerConfig,
         mapped,
         named(model, parallel),
         **sizes(arch),
-        **_layout(arch, model, parallel, features),
+        **layout_fields(arch, model, parallel, features),
         **_experts(arch, model, parallel, features),
         **fp8.layer_settings(model.fp8),
     )
@@ -195,49 +199,6 @@ def _build_chunk(
     for rotary in [layer.self_attention for layer in chunk.decoder.layers] if arch.latent else [chunk]:
         rotary.rotary_pos_emb.inv_freq = frequencies
     return chunk
-
-
-def _layout(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features) -> dict[str, Any]:
-    """Return the fields for layout, precision, memory and fusions, which the model's files do not decide."""
-    dtype = getattr(torch, model.dtype)  # the config's names are torch's
-    interleaved = parallel.virtual_pipeline is not None
-    return {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "tensor_model_parallel_size": parallel.tensor,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
-        **_cut(parallel),
-        "context_parallel_size": parallel.context,
-        "sequence_parallel": parallel.sequence,
-        "calculate_per_token_loss": True,
-        "variable_seq_lengths": parallel.pipeline > 1,
-        **dispatcher(parallel),
-        # Interleaving with batched p2p gives wrong gradients without an error; 1F1B knows no overlap.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
-        "bias_activation_fusion": device.on_gpu(),
-        "bias_dropout_fusion": device.on_gpu(),
-        "masked_softmax_fusion": False,
-        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type; that of
-        # other heads knows no factor.
-        "apply_rope_fusion": features.transformer_engine and arch.latent is None and rotated_scale(arch) == 1,
-        "gradient_accumulation_fusion": features.grad_accumulation_fusion,
-        "attention_softmax_in_fp32": True,
-        **recompute(model),
-    }
-
-
-def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
-    # With two stages, the size of the last follows from that of the first. If both are given, an interleaved schedule
-    # in Megatron divides by the number of stages between them, zero (get_transformer_layer_offset,
-    # transformer/transformer_layer.py:138 of 0.16.1).
-    implied = parallel.pipeline == 2 and parallel.first_stage_layers is not None
-    return {
-        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": None if implied else parallel.last_stage_layers,
-    }
 
 
 def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features) -> dict[str, Any]:

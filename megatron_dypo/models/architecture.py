@@ -30,9 +30,6 @@ FAMILIES = tuple(DEFAULTS)
 """Values of ``model_type`` that have a name table (``megatron_dypo.models.families``)."""
 
 
-_HINT = " (for a dense model of another type, model.family=bridge takes the names from Megatron-Bridge)"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Sizes and switches of a Llama-like decoder."""
@@ -183,7 +180,10 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     """
     fields, family = Fields(values=raw, where=where), raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}{_HINT}")
+        raise ValueError(
+            f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}, which have name tables "
+            "(model.family=bridge trains some others: docs/hf_models.md)"
+        )
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers = fields.integer("num_hidden_layers")

@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.bridged_models import KINDS, NEEDS_BRIDGE, make_bridged_model
+from tests.support.bridged_models import KINDS, NEEDS_BRIDGE, SIZES, make_bridged_model
 from tests.support.broadcast_server import BroadcastServer
 from tests.support.dist.logits import rows
 from tests.support.dist.spawn import run_ranks
 from tests.support.fake_control import KEY, running
-from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers
 
 pytestmark = NEEDS_BRIDGE
@@ -165,41 +164,6 @@ def test_servers_and_the_export_get_each_weight_once(kind, axes, models, tmp_pat
     assert_equal(server.loaded, expected)
 
 
-def rank_run(config: str, steps: int) -> int:
-    """Run training up to a number of steps; return it."""
-    from megatron_dypo.config.reading.load import load_config
-    from megatron_dypo.loop.train import train
-
-    train(load_config(config, [f"run.steps={steps}"]))
-    return steps
-
-
-def test_a_run_trains_resumes_and_exports(tmp_path) -> None:
-    """Loss, optimizer, checkpoints and export of a whole run, on two tensor-parallel ranks."""
-    config = write_task(
-        tmp_path,
-        model={"family": "bridge"},
-        parallel={"tensor": 2},
-        objective={"name": "sft"},
-        run={"dir": str(tmp_path / "run"), "watchdog_s": 0},
-        logging={"tensorboard": False},
-    )
-    vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
-    for old in (tmp_path / "model").glob("*.safetensors"):
-        old.unlink()
-    make_bridged_model("nemotron", tmp_path / "model", vocab_size=vocabulary + vocabulary % 2)
-    for steps in (1, 3):
-        assert run_ranks(2, rank_run, str(config), steps) == [steps, steps]
-    assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
-    before = load_file(tmp_path / "model" / "model.safetensors")
-    after: dict[str, torch.Tensor] = {}
-    for file in (tmp_path / "run" / "hf").glob("*.safetensors"):
-        after |= load_file(file)
-    assert after.keys() == before.keys()
-    assert all(after[name].shape == before[name].shape for name in before)
-    assert all(not torch.equal(after[name], before[name]) for name in before)
-
-
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -246,6 +210,7 @@ def test_a_tensor_of_another_shape_is_refused(models, tmp_path) -> None:
         ({"architectures": ["GPTNeoForCausalLM"]}, "Megatron-Bridge does not take this model"),
         ({"norm_eps": 0.5, "rms_norm_eps": 1e-3}, "provider has layernorm_epsilon=0.5: config.json says 0.001"),
         ({"attention_dropout": 0.5, "hidden_dropout": 0.0}, ""),
+        ({"hidden_act": "silu"}, "provider has activation_func=squared_relu: config.json says hidden_act='silu'"),
         ({"vocab_size": 133}, "parallel.tensor=2: does not divide vocab_size=133"),
     ],
 )
@@ -255,6 +220,83 @@ def test_a_model_that_would_be_computed_otherwise_is_refused(changes, message, m
     for error in run_ranks(2, rank_error, str(tmp_path), {"tensor": 2}):
         assert message in error and bool(message) == bool(error)
         assert "\n" not in error
+
+
+def test_an_output_layer_that_the_embedding_is_not_is_refused_where_the_provider_ties_them(models, tmp_path) -> None:
+    config = json.loads((models["gemma"] / "config.json").read_text())
+    _copy(models["gemma"], tmp_path, load_file(models["gemma"] / "model.safetensors"), config | {"tie_word_embeddings": False})
+    (error,) = run_ranks(1, rank_error, str(tmp_path), {})
+    assert error.endswith("provider has share_embeddings_and_output_weights=True: config.json says False")
+
+
+def test_a_config_of_older_transformers_is_the_same_model(models, tmp_path) -> None:
+    config = json.loads((models["nemotron"] / "config.json").read_text())
+    config |= config.pop("rope_parameters")
+    assert {config.pop("rope_type"), config["partial_rotary_factor"]} == {"default", 0.5}
+    _copy(models["nemotron"], tmp_path, load_file(models["nemotron"] / "model.safetensors"), config)
+    expected, found = (run_ranks(1, rank_logprobs, str(path), {})[0] for path in (models["nemotron"], tmp_path))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def rank_option(path: str, options: dict[str, Any]) -> str:
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.mcore.features import probe
+    from megatron_dypo.mcore.model import transformer_config
+    from megatron_dypo.models.bridged import architecture_of
+
+    model = ModelConfig(hf_path=path, family="bridge", megatron=options)
+    try:
+        transformer_config(architecture_of(model), model, ParallelConfig(), probe())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_backend": "local"}, "model.megatron.attention_backend=local: must be another with model.family=bridge"),
+        ({"num_layers": 2}, "model.megatron.num_layers=2: cannot be set here"),
+        ({"cpu_offloading": True, "cpu_offloading_num_layers": 99}, "model.megatron={'cpu_offloading': True, "),
+        ({"attention_backend": "unfused"}, ""),
+    ],
+)
+def test_an_option_that_it_cannot_take_is_refused_in_one_line(options, message, models) -> None:
+    (error,) = run_ranks(1, rank_option, str(models["nemotron"]), options)
+    assert error.startswith(message) and bool(message) == bool(error)
+    assert "\n" not in error
+
+
+def rank_own_parts(path: str) -> tuple[str, str]:
+    """Return how layers of a model's own are refused, and how its output layer would be."""
+    from megatron_dypo.config.model import ParallelConfig
+    from megatron_dypo.mcore.bridged.build import build_bridged_chunk
+    from megatron_dypo.mcore.bridged.provider import open_bridge, read_provider
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.bridged import load_bridged
+    from megatron_dypo.parallel.groups import close
+
+    layout = start_megatron(ParallelConfig())
+    with pytest.raises(ValueError, match="gemma2") as layers:
+        read_provider(path, load_bridged(path))
+    provider = open_bridge(path).to_megatron_provider(load_weights=False)
+    provider.window_size = None
+    provider.finalize()
+    sizes: dict[str, Any] = {"num_tokens": 132, "logprob_memory": None, "stage": None}
+    with pytest.raises(ValueError, match="Gemma2") as output:
+        build_bridged_chunk(provider, has_te=False, pre_process=True, post_process=True, **sizes)
+    close(layout)
+    return str(layers.value), str(output.value)
+
+
+def test_layers_and_output_layers_that_only_their_family_has_are_refused(tmp_path) -> None:
+    config = import_transformers().Gemma2Config(**SIZES, head_dim=16, architectures=["Gemma2ForCausalLM"])
+    config.save_pretrained(tmp_path)
+    ((layers, output),) = run_ranks(1, rank_own_parts, str(tmp_path))
+    assert "provider has window_size=(" in layers or "has layers of its own (gemma2_layer_spec)" in layers
+    assert "Gemma2ModelProvider has an output layer of its own (" in output
+    assert "\n" not in layers + output
 
 
 def _copy(model: Path, folder: Path, tensors: dict[str, torch.Tensor], config: Any = None) -> None:

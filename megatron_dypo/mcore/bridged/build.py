@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from megatron.core.tensor_parallel import ColumnParallelLinear
+
+from megatron_dypo.checks import require
 from megatron_dypo.mcore.compat.bridged_model import provide
 from megatron_dypo.mcore.policy_model import PolicyModel
 
@@ -26,12 +29,22 @@ def build_bridged_chunk(
     Args:
         has_te: keep the provider's layers, which are Transformer Engine's; else take Megatron's local ones.
         stage: virtual pipeline stage; None: there is one.
+
+    Raises:
+        ValueError: the provider builds an output layer of its own, of which the loss would use only the weight.
     """
     if not has_te:
         provider.transformer_layer_spec = local_layer
     policy = functools.partial(PolicyModel, num_tokens=num_tokens, logprob_memory=logprob_memory)
     model = provide(provider, policy, pre_process=pre_process, post_process=post_process, vp_stage=stage)
     assert isinstance(model, PolicyModel), "Megatron-Bridge builds its model of another class"
+    if post_process:
+        layer = type(model.output_layer)
+        require(
+            layer is ColumnParallelLinear,
+            f"model.family=bridge: {type(provider).__name__} has an output layer of its own ({layer.__name__})",
+            "must be Megatron's ColumnParallelLinear, as the loss uses only the weight of this layer",
+        )
     return model
 
 

@@ -20,6 +20,10 @@ from megatron_dypo.mcore.features import shield_imports, uses_transformer_engine
 _PACKAGE = "megatron.bridge"
 _ADAPTERS = ("megatron.bridge.peft.lora_layers", "megatron.bridge.peft.lora")
 """Modules with ``import transformer_engine`` at their top (0.3.1: peft/lora_layers.py:20, peft/lora.py:20)."""
+NOT_INSTALLED = (
+    "model.family=bridge: needs the package megatron-bridge, which is not installed (docs/hf_models.md says how to "
+    "install it)"
+)
 
 
 class _Adapters(types.ModuleType):
@@ -31,6 +35,11 @@ class _Adapters(types.ModuleType):
         return type(name, (), {})
 
 
+def is_installed() -> bool:
+    """Return whether the package is there. It is not imported."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
 def import_bridge() -> Any:
     """Return the package ``megatron.bridge``.
 
@@ -38,17 +47,14 @@ def import_bridge() -> Any:
         ValueError: it is not installed, or a package that it needs is missing; says what to install.
     """
     shield_imports()
-    if importlib.util.find_spec(_PACKAGE) is None:
-        raise ValueError(
-            "model.family=bridge: needs the package megatron-bridge, which is not installed (pip install "
-            "megatron-bridge; docs/hf_models.md names what it needs)"
-        )
+    if not is_installed():
+        raise ValueError(NOT_INSTALLED)
     try:
         with contextlib.nullcontext() if uses_transformer_engine() else _without_adapters():
             return importlib.import_module(_PACKAGE)
     except ImportError as error:
         raise ValueError(
-            f"model.family=bridge: megatron-bridge cannot be imported ({error}): needs what its own requirements name"
+            f"model.family=bridge: megatron-bridge cannot be imported ({error}): install what its own requirements name"
         ) from error
 
 

@@ -66,6 +66,8 @@ def test_a_vocabulary_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"parallel\.tensor=2: does not divide vocab_size=131"):
         check_layout(arch, ParallelConfig(tensor=2))
     check_layout(arch, ParallelConfig())
+    with pytest.raises(ValueError, match=r"parallel\.expert=2: a nemotron model has no experts"):
+        check_layout(arch, ParallelConfig(expert=2))
 
 
 def test_an_unknown_family_names_the_way_to_train_it(tmp_path: Path) -> None:
