@@ -35,7 +35,7 @@ from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.models.bridged import WholeWeights, require_table
+from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.models.export import export_hf
 from megatron_dypo.models.flops import model_cost, sequence_cost
 from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
@@ -91,7 +91,6 @@ class MegatronPolicy:
         return self._score(self._of_leader(samples), entropy=True, replay=self.replay)
 
     def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
-        require_table(self.config.model, "the scores of a probe")
         layout, own = self.layout, range(len(samples))
         if layout.mesh.replicas_share_experts and layout.leaders_group is not None:
             # All replicas compute every score together.

@@ -16,7 +16,7 @@ from megatron_dypo.checks import require
 from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.models.architecture import FAMILIES, Architecture, load_architecture
 from megatron_dypo.models.hf.fields import Fields
-from megatron_dypo.models.hf.json_file import read_json_object, shown
+from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.hf.rope_scaling import DEFAULT_THETA
 from megatron_dypo.models.hf.write import TensorSpec
 
@@ -96,7 +96,7 @@ def load_bridged(hf_path: str | Path) -> Architecture:
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         norm_epsilon=_norm_epsilon(fields),
-        rope_theta=rope_number(fields, "rope_theta", DEFAULT_THETA),
+        rope_theta=_rope_theta(fields),
         rope_scaling=None,
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=False,
@@ -104,11 +104,11 @@ def load_bridged(hf_path: str | Path) -> Architecture:
     )
 
 
-def rope_number(fields: Fields, name: str, default: float) -> float:
-    """Return a number of the rotary positions, which transformers 5 writes into an object of its own."""
+def _rope_theta(fields: Fields) -> float:
+    """Return the base of the rotary positions, which transformers 5 writes into an object of its own."""
     inside = fields.object("rope_parameters")
-    source = inside if inside is not None and name in inside else fields
-    return source.number(name, default, above=0)
+    source = inside if inside is not None and "rope_theta" in inside else fields
+    return source.number("rope_theta", DEFAULT_THETA, above=0)
 
 
 def _require_plain_rope(fields: Fields) -> None:
@@ -116,11 +116,9 @@ def _require_plain_rope(fields: Fields) -> None:
         inside = fields.object(name)
         if inside is None:
             continue
-        kind = inside.get("rope_type") or inside.get("type") or "default"
-        if kind != "default":
-            raise ValueError(
-                f"{fields.where}: {name}.rope_type={shown(kind)}: must be 'default' with model.family=bridge"
-            )
+        for key in ("rope_type", "type"):
+            if inside.get(key) not in (None, "default"):
+                inside.refuse(key, "must be 'default' with model.family=bridge")
 
 
 def _norm_epsilon(fields: Fields) -> float:

@@ -50,7 +50,7 @@ def test_sizes_are_read_and_the_family_has_no_table(tmp_path: Path) -> None:
         ({"n_routed_experts": 8}, "n_routed_experts=8: a model with experts"),
         ({"vocab_size": "absent"}, "vocab_size is missing"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type='yarn': must be 'default'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.rope_type='linear': must be 'default'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type='linear': must be 'default'"),
         ({"norm_eps": -1}, "norm_eps=-1"),
     ],
 )
