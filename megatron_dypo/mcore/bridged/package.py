@@ -8,8 +8,11 @@ package imports on a machine without a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import logging
 import sys
 import types
 from collections.abc import Iterator
@@ -17,9 +20,12 @@ from typing import Any
 
 from megatron_dypo.mcore.features import shield_imports, uses_transformer_engine
 
+_log = logging.getLogger(__name__)
 _PACKAGE = "megatron.bridge"
 _ADAPTERS = ("megatron.bridge.peft.lora_layers", "megatron.bridge.peft.lora")
 """Modules with ``import transformer_engine`` at their top (0.3.1: peft/lora_layers.py:20, peft/lora.py:20)."""
+TRIED = "0.3.1"
+"""The release with which models are tested."""
 NOT_INSTALLED = (
     "model.family=bridge: needs the package megatron-bridge, which is not installed (docs/hf_models.md says how to "
     "install it)"
@@ -51,11 +57,20 @@ def import_bridge() -> Any:
         raise ValueError(NOT_INSTALLED)
     try:
         with contextlib.nullcontext() if uses_transformer_engine() else _without_adapters():
-            return importlib.import_module(_PACKAGE)
+            package = importlib.import_module(_PACKAGE)
     except ImportError as error:
         raise ValueError(
             f"model.family=bridge: megatron-bridge cannot be imported ({error}): install what its own requirements name"
         ) from error
+    note_version(importlib.metadata.version("megatron-bridge"))
+    return package
+
+
+@functools.cache
+def note_version(version: str) -> None:
+    """Warn once of a release that was not tried."""
+    if version != TRIED:
+        _log.warning("megatron-bridge %s: only %s was tried with model.family=bridge", version, TRIED)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dypo.mcore.bridged.package import import_bridge
+from megatron_dypo.mcore.bridged.package import TRIED, import_bridge, note_version
 from megatron_dypo.mcore.zero_centered import ZeroCenteredLayerNorm, ZeroCenteredRMSNorm
 from tests.support.bridged_models import NEEDS_BRIDGE
 
@@ -18,7 +18,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     message = "^model.family=bridge: needs the package megatron-bridge, which is not installed"
     with pytest.raises(ValueError, match=message) as caught:
         import_bridge()
-    assert "pip install megatron-bridge" in str(caught.value)
+    assert "docs/hf_models.md says how to install it" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -33,6 +33,18 @@ def test_a_missing_requirement_of_the_package_is_named(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"cannot be imported \(No module named 'a_package_that_nobody_has'\)"):
         import_bridge()
     sys.modules.pop("megatron.bridge", None)
+
+
+def test_a_release_that_was_not_tried_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for version in (TRIED, "0.99.0", "0.99.0"):
+        note_version(version)
+    (record,) = caplog.records
+    assert record.getMessage() == f"megatron-bridge 0.99.0: only {TRIED} was tried with model.family=bridge"
+
+
+def test_the_pinned_release_is_the_one_that_was_tried() -> None:
+    pins = (Path(__file__).parents[3] / "requirements" / "megatron_bridge.txt").read_text()
+    assert f"megatron-bridge=={TRIED} " in pins
 
 
 @NEEDS_BRIDGE
