@@ -1,7 +1,7 @@
 """Models without a name table, whose names and sizes come from Megatron-Bridge (``model.family: bridge``).
 
-Here their ``config.json`` is read, without Megatron-Bridge, as far as the loop needs it. ``mcore/bridged`` compares it
-with the configuration that Megatron-Bridge derives from the same file.
+This file reads from their ``config.json`` what the loop needs, without Megatron-Bridge. ``mcore/bridged`` compares the
+result with the configuration that Megatron-Bridge derives from the same file.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ _ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 
 class BridgedWeights:
-    """The weights of this rank's chunks, and the conversions of all of the model's. Made by all ranks together.
+    """The weights of a model without a name table: read into this rank's chunks, and given back as whole HF tensors.
+
+    All ranks make it together.
 
     Raises:
         ValueError: a parameter has no mapping, its tensor is not in the HF folder, or no mapping reads a tensor of it.
