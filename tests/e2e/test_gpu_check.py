@@ -22,6 +22,7 @@ def test_every_stage_meets_its_bars_in_small(tmp_path):
         "kernels",
         "updates",
         "memory",
+        "resumed",
         "quickstart",
         "transports",
         "layouts",
@@ -36,6 +37,7 @@ def test_every_stage_meets_its_bars_in_small(tmp_path):
     assert losses[-1] < losses[0]
     assert updates["bf16"]["against"]["gradient_cosine"] > 0.999
     assert 0 < updates["bf16"]["against"]["score_gap_mean"] < 0.05
+    assert {name: one["gap"] for name, one in stages["resumed"]["resumed"].items()} == {"float32": 0, "bf16": 0}
     assert set(stages["transports"]["transports"]) == {"local", "disk", "p2p", "broadcast"}
     assert set(stages["layouts"]["layouts"]) == {"TP2", "TP2, SP", "PP2", "CP2", "EP2", "experts, TP2, SP"}
     assert stages["lost_server"]["killed"]

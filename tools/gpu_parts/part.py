@@ -52,7 +52,7 @@ def measure(layout: MeshRank, spec: dict[str, Any]) -> dict[str, Any]:
         return score_layout(layout, Path(spec["model"]), spec["dtype"], ParallelConfig(**spec["parallel"]))
     sizes, fp8 = CheckSizes(**spec["sizes"]), Fp8Config(recipe=spec["recipe"])
     if spec["what"] == "resumed":
-        from tools.gpu_parts.resumed import run_resumed
+        from tools.gpu_parts.loading import run_resumed
 
         root = Path(spec["root"])
         return run_resumed(sizes, layout, dtype=spec["dtype"], fp8=fp8, root=root, loads=spec["loads"])

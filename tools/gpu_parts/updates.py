@@ -97,7 +97,7 @@ def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Co
 def build_policy(
     sizes: CheckSizes, layout: MeshRank, dtype: Dtype, fp8: Fp8Config
 ) -> tuple[list[Any], PolicyOptimizer]:
-    """Return the model chunks, with the same weights on every machine, and their optimizer."""
+    """Return the model chunks, with the same weights in every precision, and their optimizer."""
     model = ModelConfig(hf_path="synthetic", dtype=dtype, fp8=fp8)
     chunks = build_model(architecture(sizes), model, ParallelConfig(), layout)
     _fill_weights(chunks)
@@ -134,13 +134,15 @@ def _budget(sizes: CheckSizes) -> int:
 
 @torch.no_grad()
 def _fill_weights(chunks: Sequence[Any]) -> None:
-    """Set norms to one, and draw matrices from a normal distribution (std 0.02), each with the seed of its name."""
+    """Set norms to one, and draw matrices from a normal distribution (std 0.02), each with the seed of its name. They
+    are drawn in fp32 on the device, so they are the same in each precision."""
     for name, parameter in named_global_parameters(chunks):
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
+        parameter.copy_(drawn * 0.02)
 
 
 def _token_weights(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:

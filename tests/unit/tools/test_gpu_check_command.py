@@ -14,6 +14,7 @@ from tools.gpu_parts.logprob_speed import ProjectionSizes
 from tools.gpu_parts.page import page
 from tools.gpu_parts.plan_of_stages import Plan, plan_stages
 from tools.gpu_parts.precisions import compare, compare_tensors, precisions, run_precisions
+from tools.gpu_parts.resumed import compare_resumed
 from tools.gpu_parts.run_part import PartError
 from tools.gpu_parts.stages import Stage, is_good, run_stages
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
@@ -72,6 +73,37 @@ def test_a_precision_that_fails_is_reported_and_stops_no_other(tmp_path):
         "fp8_tensorwise runs": True,
         "fp8_tensorwise: loss within 1%": True,
         "fp8_tensorwise: step 1.25 times as fast as in bf16": True,
+    }
+
+
+def test_an_override_wins_over_the_checks_own_fields(tmp_path):
+    override = "rollout.servers.mem_fraction=0.1"
+    plan = Plan(
+        machine=HOPPER | {"num_gpus": 1},
+        folder=tmp_path,
+        sizes=CheckSizes(),
+        projection=ProjectionSizes(),
+        overrides=(override,),
+        is_smoke=False,
+    )
+    command = plan.trainer.command("run", "rollout.servers.mem_fraction=0.2")
+    assert [field for field in command if field.startswith("rollout.servers.mem_fraction")][-1] == override
+
+
+def test_a_checkpoint_that_changes_the_updates_after_it_or_does_not_load_misses_its_bar(tmp_path):
+    def part(spec, *, ranks=1):
+        if spec["loads"] and spec["recipe"] == "delayed":
+            raise PartError("UnpicklingError: …")
+        return {"series": [2.0, 4.0, 1.0, 2.0021 if spec["loads"] and spec["recipe"] == "tensorwise" else 2.0]}
+
+    result = compare_resumed(HOPPER, tmp_path, run_part=part)
+    assert result["resumed"]["fp8_delayed"] == {"error": "UnpicklingError: …"}
+    assert result["resumed"]["fp8_tensorwise"]["gap"] == pytest.approx(0.00105)
+    assert result["verdicts"] == {
+        "float32: goes on within 0.001": True,
+        "bf16: goes on within 0.001": True,
+        "fp8_delayed: loads": False,
+        "fp8_tensorwise: goes on within 0.001": False,
     }
 
 
