@@ -17,7 +17,9 @@ from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout, check_replay
+from megatron_dypo.models.quantized.names import NO_REFIT, is_mxfp4
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -61,6 +63,8 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         arch = load_architecture(config.model.hf_path)
     if arch is None:
         return None
+    if asks_servers(config) and is_mxfp4(read_json_object(Path(config.model.hf_path) / "config.json")):
+        found.problems.append(f"model.hf_path={config.model.hf_path!r}: servers would serve it {NO_REFIT}")
     with found.noting():
         check_layout(arch, config.parallel)
         check_replay(arch, config.objective.replay)

@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints.weights import load_weights
+from megatron_dypo.mcore.compat.expert_biases import copy_expert_outputs
 from megatron_dypo.mcore.features import Features, probe, require_fp8
 from megatron_dypo.mcore.layer_specs import chunk_spec
 from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
@@ -131,7 +132,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         bias_activation_fusion=device.on_gpu(),
-        bias_dropout_fusion=device.on_gpu(),
+        bias_dropout_fusion=device.on_gpu() and not arch.linear_bias,  # grouped experts with biases refuse it
         masked_softmax_fusion=False,
         # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type.
         apply_rope_fusion=features.transformer_engine and arch.latent is None,
@@ -186,6 +187,7 @@ def _build_chunk(
         vp_stage=stage if layout.virtual_pipeline > 1 else None,
     ).to(device.device())
     mark_experts(chunk)
+    copy_expert_outputs(chunk)
     frequencies = inverse_frequencies(arch).to(device.device())
     for rotary in [layer.self_attention for layer in chunk.decoder.layers] if arch.latent else [chunk]:
         rotary.rotary_pos_emb.inv_freq = frequencies

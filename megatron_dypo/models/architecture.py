@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.models.experts import Experts, read_experts
+from megatron_dypo.models.gpt_oss import Windows, read_clamped_experts, read_windows, with_positions
 from megatron_dypo.models.hf.defaults import DEFAULTS, head_dim, key_value_heads, refuse_unsupported
 from megatron_dypo.models.hf.fields import Fields
 from megatron_dypo.models.hf.json_file import read_json_object, shown
 from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling, RopeScaling, YarnRopeScaling, read_rope
 from megatron_dypo.models.latent_attention import LatentAttention, read_latent_attention
 
-_NORM_EPSILON = 1e-6
 _MISTRAL_WINDOW = 4096
 
 FAMILIES = tuple(DEFAULTS)
@@ -54,6 +54,12 @@ class Architecture:
     one HF folder to another."""
     sliding_window: int | None = None
     """Number of last tokens that attention sees, the token itself included; None: all."""
+    windows: Windows | None = None
+    """The layers whose attention sees only a window, of which sequences may be longer; None: none."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit that takes a share of every softmax over the scores and has no value."""
+    linear_bias: bool = False
+    """Whether every linear layer has a bias: those of attention, the router and the experts."""
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer, counted from 0, has experts instead of an MLP."""
@@ -172,7 +178,8 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers = fields.integer("num_hidden_layers")
-    theta, scaling = read_rope(fields)
+    is_gpt_oss = family == "gpt_oss"
+    theta, scaling = read_rope(with_positions(fields) if is_gpt_oss else fields)
     latent = read_latent_attention(fields, heads, scaling) if family == "deepseek_v3" else None
     return Architecture(
         family=family,
@@ -184,17 +191,20 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         ffn_hidden_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
-        norm_epsilon=fields.number("rms_norm_eps", _NORM_EPSILON, above=0),
+        norm_epsilon=fields.number("rms_norm_eps", DEFAULTS[family].norm_epsilon, above=0),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=fields.flag("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2",
+        qkv_bias=is_gpt_oss or family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=read_experts(fields, num_layers),
+        experts=read_clamped_experts(fields) if is_gpt_oss else read_experts(fields, num_layers),
         latent=latent,
         num_mtp_layers=_mtp_layers(fields) if family == "deepseek_v3" else 0,
         # Other families name a window that they do not use (``use_sliding_window: false``).
         sliding_window=fields.optional_integer("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
+        windows=read_windows(fields, num_layers) if is_gpt_oss else None,
+        attention_sinks=is_gpt_oss,
+        linear_bias=is_gpt_oss,
     )
 
 

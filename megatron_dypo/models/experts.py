@@ -29,6 +29,11 @@ class Experts:
     """Intermediate size of the MLP that every token passes besides its experts: that of all shared experts together."""
     biased_sigmoid: BiasedSigmoid | None = None
     """None: the router scores experts by a softmax."""
+    clamp: float | None = None
+    """``swiglu_limit`` of gpt-oss, which bounds gate and value of an expert: (value + 1) · gate · sigmoid(1.702 ·
+    gate). None: value · silu(gate)."""
+    is_stacked: bool = False
+    """Whether an HF folder has one tensor for all experts of a layer (``models/stacked_experts.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
 
     Raises:
         ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``;
-            or the model has multi-head latent attention.
+            or the model has multi-head latent attention, or attention sinks.
     """
     if not fp8.is_on:
         return
@@ -66,6 +66,11 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
         arch.latent is None,
         f"model.fp8.recipe={fp8.recipe}",
         f"must be none for a {arch.family} model: FP8 was not checked with multi-head latent attention",
+    )
+    require(
+        not arch.attention_sinks,
+        f"model.fp8.recipe={fp8.recipe}",
+        f"must be none for a {arch.family} model: FP8 was not checked with attention sinks and biases of experts",
     )
     granule, tensor = fp8.token_multiple, parallel.tensor
     width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
@@ -98,6 +103,11 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     width = arch.experts.ffn_hidden_size
     require_divides("parallel.expert", parallel.expert, "num_experts", arch.experts.num_experts)
     require_divides("parallel.expert_tensor", parallel.expert_tensor, "moe_intermediate_size", width)
+    require(
+        parallel.expert_tensor == 1 or not arch.linear_bias,
+        f"parallel.expert_tensor={parallel.expert_tensor}",
+        f"must be 1 for a {arch.family} model: Megatron adds the biases of experts on each rank that splits them",
+    )
     require(
         parallel.tensor == 1 or parallel.sequence,
         f"parallel.tensor={parallel.tensor}",

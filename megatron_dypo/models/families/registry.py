@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.models.families import deepseek_v3, llama, mistral, qwen2, qwen3, qwen3_moe
+from megatron_dypo.models.families import deepseek_v3, gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_dypo.models.families.table import EXPERT, LAYER, Row
 
 FAMILIES = {
@@ -16,6 +16,7 @@ FAMILIES = {
     "qwen3": qwen3.ROWS,
     "qwen3_moe": qwen3_moe.ROWS,
     "deepseek_v3": deepseek_v3.ROWS,
+    "gpt_oss": gpt_oss.ROWS,
 }
 """``model_type`` of the HF config → its table."""
 
@@ -49,7 +50,7 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # One expert after the other (the local spec), or all in one module with numbered weights (Transformer Engine).
 _EXPERTS = "mlp.experts"
 _SEQUENTIAL = re.compile(rf"{_EXPERTS}\.local_experts\.(\d+)\.(.+)")
-_GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.weight)(\d+)")
+_GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.(?:weight|bias))(\d+)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 

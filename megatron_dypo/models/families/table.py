@@ -128,6 +128,14 @@ def expert_output(arch: Architecture) -> tuple[int, ...]:
     return (arch.hidden_size, _experts(arch).ffn_hidden_size)
 
 
+def expert_input_bias(arch: Architecture) -> tuple[int, ...]:
+    return (_experts(arch).ffn_hidden_size,)
+
+
+def sinks(arch: Architecture) -> tuple[int, ...]:
+    return (arch.num_attention_heads,)
+
+
 def _experts(arch: Architecture) -> Experts:
     assert arch.experts is not None, f"family {arch.family!r} has no experts"
     return arch.experts

@@ -17,15 +17,28 @@ class FamilyDefaults:
     """Whether null is allowed, meaning as many as query heads."""
     head_dim: int | None = None
     """Channels of a head. None: hidden size / heads, also for null."""
+    norm_epsilon: float = 1e-6
+    attention_bias: bool = False
+    """The value of ``attention_bias`` that the family has; others are refused."""
+    own_layer_types: bool = False
+    """Whether the family reads ``layer_types`` itself, or has it without a meaning."""
 
 
 DEFAULTS = {
     "llama": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
-    "mistral": FamilyDefaults(key_value_heads=8),
+    # transformers ignores layer_types of a Mistral model, whose window is the same in all layers.
+    "mistral": FamilyDefaults(key_value_heads=8, own_layer_types=True),
     "qwen2": FamilyDefaults(key_value_heads=32, null_key_value_heads=True),
     "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
     "deepseek_v3": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
+    "gpt_oss": FamilyDefaults(
+        key_value_heads=8,
+        head_dim=64,
+        norm_epsilon=1e-5,
+        attention_bias=True,
+        own_layer_types=True,
+    ),
 }
 """``model_type`` → defaults."""
 
@@ -66,16 +79,21 @@ def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) 
 
 def refuse_unsupported(fields: Fields, family: str) -> None:
     """Raise ValueError for a field that needs a computation that this package lacks."""
-    rules = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    own = DEFAULTS[family]
+    rules = {
+        "hidden_act": "silu",
+        "attention_bias": own.attention_bias,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+    }
     for name, allowed in rules.items():
         value = fields.get(name)
         if value is not None and (type(value) is not type(allowed) or value != allowed):
             fields.refuse(name, f"only {allowed!r} is supported")
     kinds = fields.get("layer_types")
-    # transformers ignores this field of a Mistral model, whose window is the same in all layers.
     if (
         kinds is not None
-        and family != "mistral"
+        and not own.own_layer_types
         and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"})
     ):
         fields.refuse("layer_types", "only 'full_attention' is supported")

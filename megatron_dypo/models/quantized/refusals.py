@@ -8,7 +8,7 @@ from megatron_dypo.models.quantized.names import Quantization
 
 
 def require_quantizable(arch: Architecture, quantization: Quantization) -> None:
-    """Refuse FP8 weights of multi-head latent attention.
+    """Refuse FP8 weights of multi-head latent attention, and of experts that an HF folder stacks.
 
     SGLang 0.5.23 quantises ``kv_b_proj`` once more when it derives its own tensors from it, in another way on each kind
     of GPU (``models/deepseek_common/deepseek_weight_loader.py``, ``post_load_weights``).
@@ -21,4 +21,10 @@ def require_quantizable(arch: Architecture, quantization: Quantization) -> None:
         f"quantize={quantization}",
         f"must be none for a {arch.family} model: SGLang quantises parts of multi-head latent attention again, each "
         "kind of GPU in its own way",
+    )
+    require(
+        arch.experts is None or not arch.experts.is_stacked or quantization == "none",
+        f"quantize={quantization}",
+        f"must be none for a {arch.family} model: its folders have one tensor for all experts, for which there is no "
+        "format in FP8 here",
     )
