@@ -29,6 +29,10 @@ _FUSION_HINT = (
     "; SGLang has fused the shared experts with the others: start it with --disable-shared-experts-fusion "
     "(rollout.servers.extra_args), or use refit.transport=broadcast or disk"
 )
+_TRANSPOSED_HINT = (
+    "; SGLang's triton_kernels hold experts transposed: start it with --moe-runner-backend triton "
+    "(rollout.servers.extra_args), or use refit.transport=broadcast or disk"
+)
 _ENDED = "{}"
 """Value in the store in place of an inventory that will not come, because the server's call has ended."""
 
@@ -116,6 +120,8 @@ class ServerRanks:
                 problems = shape_mismatches(shapes, self._plan.served_shapes(server, server_rank))
                 if problems:
                     hint = _FUSION_HINT if any("shared_experts" in problem for problem in problems) else ""
+                    if any("w13_weight has shape" in problem for problem in problems):
+                        hint += _TRANSPOSED_HINT
                     raise self._error(server, server_rank, "; ".join(problems) + hint)
 
     def let_connect(self) -> None:
