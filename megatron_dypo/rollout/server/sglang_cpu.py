@@ -154,7 +154,7 @@ def _serve_sinks() -> None:
 
         return run
 
-    def attention(query: object, key: object, value: object, **options: object) -> object:
+    def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
         sinks = of_layer[0]
         if sinks is None:
             return attend(query, key, value, **options)
