@@ -20,14 +20,11 @@ class FamilyDefaults:
     norm_epsilon: float = 1e-6
     attention_bias: bool = False
     """The value of ``attention_bias`` that the family has; others are refused."""
-    own_layer_types: bool = False
-    """Whether the family reads ``layer_types`` itself, or has it without a meaning."""
 
 
 DEFAULTS = {
     "llama": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
-    # transformers ignores layer_types of a Mistral model, whose window is the same in all layers.
-    "mistral": FamilyDefaults(key_value_heads=8, own_layer_types=True),
+    "mistral": FamilyDefaults(key_value_heads=8),
     "qwen2": FamilyDefaults(key_value_heads=32, null_key_value_heads=True),
     "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
@@ -37,7 +34,6 @@ DEFAULTS = {
         head_dim=64,
         norm_epsilon=1e-5,
         attention_bias=True,
-        own_layer_types=True,
     ),
 }
 """``model_type`` → defaults."""
@@ -91,9 +87,10 @@ def refuse_unsupported(fields: Fields, family: str) -> None:
         if value is not None and (type(value) is not type(allowed) or value != allowed):
             fields.refuse(name, f"only {allowed!r} is supported")
     kinds = fields.get("layer_types")
+    # transformers ignores this field of a Mistral model, whose window is the same in all layers. gpt-oss reads it.
     if (
         kinds is not None
-        and not own.own_layer_types
+        and family not in ("mistral", "gpt_oss")
         and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"})
     ):
         fields.refuse("layer_types", "only 'full_attention' is supported")
