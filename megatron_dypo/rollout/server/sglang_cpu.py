@@ -177,18 +177,18 @@ def _attend_with_sinks(
     is_causal: bool,
 ) -> Any:
     """Return attention [1, h, Q, d]; a sink is a score of each head that has no value."""
-    import torch
-
     group = query.shape[1] // key.shape[1]
     assert enable_gqa == (group > 1)
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     scores = (query @ key.transpose(-2, -1)).float() * scale
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        attn_mask = scores.new_ones(scores.shape[-2:]).tril().bool()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    sink = sinks.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
-    weights = torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    sink = sinks.float()[None, :, None, None]
+    largest = scores.amax(-1, keepdim=True).maximum(sink)
+    shares = (scores - largest).exp()
+    weights = shares / (shares.sum(-1, keepdim=True) + (sink - largest).exp())
     return weights.to(value.dtype) @ value
 
 
