@@ -160,6 +160,7 @@ ROWS = {
     "experts, tp2 sp ep4": Row(ranks=4, axes=SP | {"expert": 4}, kind="qwen3_moe"),
     "replay, one process": Row(ranks=1, **REPLAY, passes=((SUM, 1), (TOKEN, 4))),
     "replay, one process, full, raw weights": Row(ranks=1, kind="qwen3_moe_raw_weights", replay=True, recompute="full"),
+    "replay, gpt-oss, tp2 sp ep2": Row(ranks=2, axes=SP | EP, kind="gpt_oss", replay=True),
     "replay, dp2": Row(ranks=2, **REPLAY, passes=((MEAN, 2), (SUM, None))),
     "replay, ep2, padded": Row(ranks=2, axes=EP, **REPLAY, passes=PADDED),
     "replay, tp2 sp ep2, selective": Row(ranks=2, axes=SP | EP, **REPLAY, recompute="selective"),

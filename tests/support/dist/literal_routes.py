@@ -19,10 +19,12 @@ def routed(model: Any, sample: Sample) -> Iterator[None]:
     if sample.routes is None:
         yield
         return
-    gates = [layer.mlp.gate for layer in model.model.layers]
+    is_gpt_oss = model.config.model_type == "gpt_oss"
+    gates = [layer.mlp.router if is_gpt_oss else layer.mlp.gate for layer in model.model.layers]
     before = [gate.forward for gate in gates]
     for index, gate in enumerate(gates):
-        gate.forward = _router(gate, sample.routes[:, index])
+        bias, is_normalized = (gate.bias, True) if is_gpt_oss else (None, gate.norm_topk_prob)
+        gate.forward = _router(gate, bias, is_normalized, sample.routes[:, index])
     try:
         yield
     finally:
@@ -30,18 +32,18 @@ def routed(model: Any, sample: Sample) -> Iterator[None]:
             gate.forward = forward
 
 
-def _router(gate: Any, routes_LK: Routes) -> Any:
+def _router(gate: Any, bias: Tensor | None, is_normalized: bool, routes_LK: Routes) -> Any:
     unknown = np.iinfo(routes_LK.dtype).max
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden.reshape(-1, gate.hidden_dim) @ gate.weight.T
+        logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight, bias)
         rows = []
         for position, row in enumerate(logits):
             given = routes_LK[position].tolist() if position < len(routes_LK) else [unknown]
             rows.append(torch.topk(row, gate.top_k).indices if unknown in given else torch.tensor(given))
         chosen = torch.stack(rows)
         weights = torch.softmax(logits, dim=-1).gather(1, chosen)
-        if gate.norm_topk_prob:
+        if is_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return logits, weights, chosen
 
