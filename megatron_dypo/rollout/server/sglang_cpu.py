@@ -129,15 +129,17 @@ def _serve_latent_attention() -> None:
 
 def _serve_sinks() -> None:
     """Let plain torch's backend serve attention sinks, and windows from the one pool of keys and values that it reads.
-    An SGLang that has not these modules serves other models as before."""
+    An SGLang that has not these names serves other models as before."""
     try:
         from sglang.srt.arg_groups import model_hook
+        from sglang.srt.arg_groups.model_hook import attention_backends_of as backends
         from sglang.srt.configs import model_config
+        from sglang.srt.configs.model_config import is_hybrid_swa_model  # noqa: F401 (replaced below)
         from sglang.srt.layers.attention import torch_native_backend
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+        from sglang.srt.layers.attention.torch_native_backend import scaled_dot_product_attention as attend
     except ImportError:
         return
-    backends, attend = model_hook.attention_backends_of, torch_native_backend.scaled_dot_product_attention
-    backend = torch_native_backend.TorchNativeAttnBackend
     model_hook.attention_backends_of = lambda config: tuple(
         "triton" if name == "torch_native" else name for name in backends(config)
     )
@@ -161,8 +163,8 @@ def _serve_sinks() -> None:
         return _attend_with_sinks(sinks, query, key, value, **options)
 
     torch_native_backend.scaled_dot_product_attention = attention
-    backend.forward_extend = with_sinks(backend.forward_extend)
-    backend.forward_decode = with_sinks(backend.forward_decode)
+    TorchNativeAttnBackend.forward_extend = with_sinks(TorchNativeAttnBackend.forward_extend)
+    TorchNativeAttnBackend.forward_decode = with_sinks(TorchNativeAttnBackend.forward_decode)
 
 
 def _attend_with_sinks(
