@@ -34,7 +34,7 @@ class Part:
     """Name of the stored tensor."""
     expert: int
     columns: slice
-    """Of the last axis of the stored tensor."""
+    """Entries of the last axis of the stored tensor."""
     is_matrix: bool
 
     def take(self, of_expert: Tensor) -> Tensor:
