@@ -17,8 +17,8 @@ from tests.support.e2e.refitting_ranks import Servers, Trainer, ask
 from tests.support.hf_models import import_transformers, make_hf_model
 
 TOKENS = list(range(3, 40))
-# On a CPU SGLang pads experts to a multiple of 64 features, which planned refits refuse.
-FEATURES: dict[str, Any] = {"intermediate_size": 64}
+# On a CPU SGLang pads each rank's part of experts to a multiple of 64 features, which planned refits refuse.
+FEATURES: dict[str, Any] = {"intermediate_size": 128}
 NEW_TOKENS = 4
 BODY = {
     "input_ids": TOKENS,
@@ -38,10 +38,15 @@ def make_model(path: Path, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def servers(sglang_servers: Callable[..., ServerPool], tmp_path_factory: pytest.TempPathFactory) -> Servers:
+@pytest.fixture(scope="module", params=[1, 2])
+def servers(
+    request: pytest.FixtureRequest,
+    sglang_servers: Callable[..., ServerPool],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Servers:
+    """Start a server with this many tensor-parallel ranks."""
     model = make_model(tmp_path_factory.mktemp("models") / "gpt_oss", 0)
-    pool = sglang_servers(model, per_node=1)
+    pool = sglang_servers(model, per_node=1, tensor_parallel=request.param, port=31000 + 100 * request.param)
     assert pool.api_key is not None
     return Servers(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
 
