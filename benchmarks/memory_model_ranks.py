@@ -170,6 +170,8 @@ def architecture(case: Any) -> Architecture:
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
         }
+    if case.family == "glm4_moe":
+        raw |= {"n_routed_experts": case.experts, "attention_bias": True, "use_qk_norm": True}
     if case.family == "gpt_oss":
         raw |= {"num_local_experts": case.experts, "sliding_window": 64}
     return architecture_from_hf(raw, where=case.name)

@@ -23,6 +23,7 @@ from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.receiver import load
 from megatron_dypo.refit.slices import ShardSlices, rectangle
 from megatron_dypo.refit.transports.buckets import fill_buckets
+from megatron_dypo.refit.transports.lost_peers import LostServers
 from megatron_dypo.refit.transports.planned import slot_bytes
 from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 
@@ -167,7 +168,7 @@ class SourceEnd:
     def refit(self) -> None:
         self._trainer_rank = self._trainer_rank or self._connect()
         self._refits += 1
-        self._trainer_rank.send(self._refits, Deadline(DEADLINE_S))
+        self._trainer_rank.send(self._refits, self._refits, Deadline(DEADLINE_S))
 
     def send_raw(self) -> None:
         for work in [dist.isend(self._raw[:size], server_rank) for server_rank, size in self._links.items()]:
@@ -210,6 +211,7 @@ class SourceEnd:
             urls,
             message.slot_bytes,
             message.most_links,
+            lost_servers=LostServers(dist.TCPStore("127.0.0.1", message.store_port, None, False)),
             make_slices=lambda: ShardSlices(self.params.items(), self.arch),
             verify=message.verify,
         )

@@ -33,9 +33,9 @@ class RefitConfig:
     """Fate of running requests during a refit. ``pause``: they wait, then continue with the new weights. ``abort``:
     they end."""
     deadline_s: float = 600.0
-    """A refit that takes longer than this many seconds fails on all ranks. A server that is killed is noticed at once.
-    A server that hangs uses up half of the time left, and the other servers get the rest: allow twice the time of a
-    refit."""
+    """A refit that takes longer than this many seconds fails on all ranks. A server that is killed is noticed within
+    seconds. A server that hangs uses up half of the time left, and the other servers get the rest: allow twice the time
+    of a refit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mib")

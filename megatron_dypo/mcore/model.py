@@ -31,6 +31,7 @@ from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints.weights import load_weights
 from megatron_dypo.mcore.compat.expert_biases import copy_expert_outputs
+from megatron_dypo.mcore.compat.rotated_scale import scale_rotated
 from megatron_dypo.mcore.features import Features, probe, require_fp8
 from megatron_dypo.mcore.layer_specs import chunk_spec
 from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
@@ -39,7 +40,7 @@ from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, 
 from megatron_dypo.mcore.options.reading import Mapped, make
 from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
-from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.mcore.rope import inverse_frequencies, rotated_scale
 from megatron_dypo.mcore.sizes import sizes
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
@@ -111,7 +112,7 @@ def transformer_config(
     """
     dtype = getattr(torch, model.dtype)  # the config's names are torch's
     interleaved = parallel.virtual_pipeline is not None
-    return make(
+    config = make(
         MLATransformerConfig if arch.latent else TransformerConfig,
         Mapped("model.megatron", model.megatron, MODEL),
         named(model, parallel),
@@ -134,14 +135,17 @@ def transformer_config(
         bias_activation_fusion=device.on_gpu(),
         bias_dropout_fusion=device.on_gpu() and not arch.linear_bias,  # grouped experts with biases refuse it
         masked_softmax_fusion=False,
-        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type.
-        apply_rope_fusion=features.transformer_engine and arch.latent is None,
+        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type; that of
+        # other heads knows no factor.
+        apply_rope_fusion=features.transformer_engine and arch.latent is None and rotated_scale(arch) == 1,
         gradient_accumulation_fusion=features.grad_accumulation_fusion,
         attention_softmax_in_fp32=True,
         **recompute(model),
         **_experts(arch, model, parallel, features),
         **fp8.layer_settings(model.fp8),
     )
+    scale_rotated(config, rotated_scale(arch))
+    return config
 
 
 def load_initial_weights(

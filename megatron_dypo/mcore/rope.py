@@ -39,15 +39,25 @@ def softmax_scale(arch: Architecture) -> float | None:
     """Return the factor on attention scores. None: 1/√head_dim, the default of every attention.
 
     YaRN multiplies the cosines and sines of queries and keys by its attention factor. This multiplies the scores by its
-    square. Multi-head latent attention has a factor of its own, in :func:`latent_scale`.
+    square. Multi-head latent attention has a factor of its own, in :func:`latent_scale`; where only some channels are
+    rotated, :func:`rotated_scale` multiplies these.
     """
     if (
         arch.latent is not None
+        or arch.rotary_dim < arch.head_dim
         or not isinstance(arch.rope_scaling, YarnRopeScaling)
         or arch.rope_scaling.attention_factor == 1
     ):
         return None
     return arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
+
+
+def rotated_scale(arch: Architecture) -> float:
+    """Return the factor on the cosines and sines of heads of which only some channels are rotated: YaRN's attention
+    factor. 1 for other heads."""
+    is_partial = arch.latent is None and arch.rotary_dim < arch.head_dim
+    scaling = arch.rope_scaling
+    return scaling.attention_factor if is_partial and isinstance(scaling, YarnRopeScaling) else 1.0
 
 
 def latent_scale(arch: Architecture) -> dict[str, float]:

@@ -13,10 +13,16 @@ from typing import Any
 
 from megatron_dypo.models.experts import Experts, read_experts
 from megatron_dypo.models.gpt_oss import Windows, read_clamped_experts, read_windows, with_positions
-from megatron_dypo.models.hf.defaults import DEFAULTS, head_dim, key_value_heads, refuse_unsupported
+from megatron_dypo.models.hf.defaults import DEFAULTS, FamilyDefaults, head_dim, key_value_heads, refuse_unsupported
 from megatron_dypo.models.hf.fields import Fields
 from megatron_dypo.models.hf.json_file import read_json_object, shown
-from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling, RopeScaling, YarnRopeScaling, read_rope
+from megatron_dypo.models.hf.rope_scaling import (
+    LinearRopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+    read_rope,
+    read_rotated_share,
+)
 from megatron_dypo.models.latent_attention import LatentAttention, read_latent_attention
 
 _MISTRAL_WINDOW = 4096
@@ -49,6 +55,8 @@ class Architecture:
     """None: a dense MLP in every layer."""
     latent: LatentAttention | None = None
     """None: a query, a key and a value of ``head_dim`` channels for each head."""
+    rotated_share: float = 1.0
+    """``partial_rotary_factor``: the share of a head's channels, from the first on, that are rotated."""
     num_mtp_layers: int = 0
     """Layers after the last one that predict further tokens. They are not trained: their tensors are only carried from
     one HF folder to another."""
@@ -78,7 +86,7 @@ class Architecture:
     @property
     def rotary_dim(self) -> int:
         """Return how many channels of a query or key head are rotated."""
-        return self.latent.rope_dim if self.latent else self.head_dim
+        return self.latent.rope_dim if self.latent else int(self.head_dim * self.rotated_share)
 
     @property
     def value_dim(self) -> int:
@@ -178,34 +186,56 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers = fields.integer("num_hidden_layers")
-    is_gpt_oss = family == "gpt_oss"
-    theta, scaling = read_rope(with_positions(fields) if is_gpt_oss else fields)
+    defaults, is_gpt_oss = DEFAULTS[family], family == "gpt_oss"
+    positions = with_positions(fields) if is_gpt_oss else fields
+    theta, scaling = read_rope(positions, is_partial=defaults.rotated_share is not None)
     latent = read_latent_attention(fields, heads, scaling) if family == "deepseek_v3" else None
+    key_values = key_value_heads(fields, heads, defaults)
+    channels = latent.query_dim if latent else head_dim(fields, hidden, heads, defaults)
     return Architecture(
         family=family,
         num_layers=num_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=key_value_heads(fields, heads, DEFAULTS[family]),
-        head_dim=latent.query_dim if latent else head_dim(fields, hidden, heads, DEFAULTS[family]),
+        num_key_value_heads=key_values,
+        head_dim=channels,
         ffn_hidden_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
-        norm_epsilon=fields.number("rms_norm_eps", DEFAULTS[family].norm_epsilon, above=0),
+        norm_epsilon=fields.number("rms_norm_eps", defaults.norm_epsilon, above=0),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=fields.flag("tie_word_embeddings", False),
-        qkv_bias=is_gpt_oss or family == "qwen2",
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qkv_bias=_qkv_bias(fields, family, defaults),
+        qk_norm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and fields.flag("use_qk_norm", False)),
         experts=read_clamped_experts(fields) if is_gpt_oss else read_experts(fields, num_layers),
         latent=latent,
-        num_mtp_layers=_mtp_layers(fields) if family == "deepseek_v3" else 0,
+        rotated_share=_rotated_share(fields, channels, defaults),
+        num_mtp_layers=_mtp_layers(fields) if family in ("deepseek_v3", "glm4_moe") else 0,
         # Other families name a window that they do not use (``use_sliding_window: false``).
         sliding_window=fields.optional_integer("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
         windows=read_windows(fields, num_layers) if is_gpt_oss else None,
         attention_sinks=is_gpt_oss,
         linear_bias=is_gpt_oss,
     )
+
+
+def _qkv_bias(fields: Fields, family: str, defaults: FamilyDefaults) -> bool:
+    if defaults.attention_bias is False:
+        return family == "qwen2"
+    return fields.flag("attention_bias", bool(defaults.attention_bias))
+
+
+def _rotated_share(fields: Fields, channels: int, defaults: FamilyDefaults) -> float:
+    if defaults.rotated_share is None:
+        return 1.0
+    share = read_rotated_share(fields, defaults.rotated_share)
+    if not int(channels * share) or int(channels * share) % 2:
+        raise ValueError(
+            f"{fields.where}: partial_rotary_factor={share:g} of head_dim={channels}: must give an even number of "
+            "channels, as rotary positions turn pairs"
+        )
+    return share
 
 
 def _mtp_layers(fields: Fields) -> int:

@@ -48,6 +48,22 @@ class BiasedSigmoid:
     """``routed_scaling_factor``: multiplies the routing weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SigmoidDefaults:
+    """Values of fields that a config leaves out, as transformers' class of the family has them."""
+
+    num_dense_layers: int
+    num_groups: int
+    top_groups: int
+    scale: float
+
+
+_SIGMOID = {
+    "deepseek_v3": _SigmoidDefaults(num_dense_layers=3, num_groups=8, top_groups=4, scale=2.5),
+    "glm4_moe": _SigmoidDefaults(num_dense_layers=1, num_groups=1, top_groups=1, scale=1.0),
+}
+
+
 def experts_from_data(fields: Mapping[str, Any] | None) -> Experts | None:
     """Return the experts from their ``dataclasses.asdict``."""
     if fields is None:
@@ -65,7 +81,7 @@ def read_experts(fields: Fields, num_layers: int) -> Experts | None:
     family = fields.get("model_type")
     if family == "qwen3_moe":
         return _softmax_experts(fields)
-    return _sigmoid_experts(fields, num_layers) if family == "deepseek_v3" else None
+    return _sigmoid_experts(fields, num_layers, _SIGMOID[family]) if family in _SIGMOID else None
 
 
 def _softmax_experts(fields: Fields) -> Experts:
@@ -95,7 +111,7 @@ def _softmax_experts(fields: Fields) -> Experts:
     )
 
 
-def _sigmoid_experts(fields: Fields, num_layers: int) -> Experts:
+def _sigmoid_experts(fields: Fields, num_layers: int, defaults: _SigmoidDefaults) -> Experts:
     num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
     if not 2 <= per_token <= num_experts:
         fields.refuse("num_experts_per_tok", f"must be from 2 to n_routed_experts={num_experts}")
@@ -105,7 +121,8 @@ def _sigmoid_experts(fields: Fields, num_layers: int) -> Experts:
     if not fields.flag("norm_topk_prob", True):
         fields.refuse("norm_topk_prob", "only true is supported: Megatron always normalises sigmoid scores")
     # 0 stands for no dense layer, and Fields.integer is for sizes.
-    dense = 0 if fields.get("first_k_dense_replace") == 0 else fields.integer("first_k_dense_replace", 3)
+    name, default = "first_k_dense_replace", defaults.num_dense_layers
+    dense = 0 if fields.get(name) == 0 else fields.integer(name, default)
     if dense >= num_layers:
         fields.refuse("first_k_dense_replace", f"must be below num_hidden_layers={num_layers}: no layer has experts")
     width = fields.integer("moe_intermediate_size")
@@ -117,12 +134,12 @@ def _sigmoid_experts(fields: Fields, num_layers: int) -> Experts:
         moe_aux_loss_coef=0.0,
         num_dense_layers=dense,
         shared_width=width * fields.integer("n_shared_experts", 1),
-        biased_sigmoid=_router(fields, num_experts, per_token),
+        biased_sigmoid=_router(fields, num_experts, per_token, defaults),
     )
 
 
-def _router(fields: Fields, num_experts: int, per_token: int) -> BiasedSigmoid:
-    groups, top = fields.integer("n_group", 8), fields.integer("topk_group", 4)
+def _router(fields: Fields, num_experts: int, per_token: int, defaults: _SigmoidDefaults) -> BiasedSigmoid:
+    groups, top = fields.integer("n_group", defaults.num_groups), fields.integer("topk_group", defaults.top_groups)
     if num_experts % groups:
         fields.refuse("n_group", f"must divide n_routed_experts={num_experts}")
     if top > groups:
@@ -132,4 +149,5 @@ def _router(fields: Fields, num_experts: int, per_token: int) -> BiasedSigmoid:
             f"must be 2 × topk_group={top}: Megatron ranks a group by the sum of its num_experts_per_tok / topk_group "
         )
         fields.refuse("num_experts_per_tok", rule + "best experts, transformers and SGLang by that of its two best")
-    return BiasedSigmoid(num_groups=groups, top_groups=top, scale=fields.number("routed_scaling_factor", 2.5, above=0))
+    scale = fields.number("routed_scaling_factor", defaults.scale, above=0)
+    return BiasedSigmoid(num_groups=groups, top_groups=top, scale=scale)

@@ -81,13 +81,7 @@ def read_clamped_experts(fields: Fields) -> Experts:
 
 def with_positions(fields: Fields) -> Fields:
     """Return the fields with the rotary positions that transformers takes if gpt-oss's config gives none, or no
-    ``rope_theta``.
-
-    Raises:
-        ValueError: the embedding is the output layer too.
-    """
-    if fields.flag("tie_word_embeddings", False):
-        fields.refuse("tie_word_embeddings", "only False is supported: SGLang's gpt-oss never shares the embedding")
+    ``rope_theta``."""
     sections = [section for name in ("rope_parameters", "rope_scaling") if (section := fields.object(name))]
     added: dict[str, Any] = {} if sections else {"rope_parameters": dict(_YARN)}
     if not any("rope_theta" in section for section in (fields, *sections)):

@@ -58,20 +58,21 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
 
     Raises:
         ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``;
-            or the model has multi-head latent attention, or attention sinks.
+            or the model has multi-head latent attention, attention sinks or shared experts.
     """
     if not fp8.is_on:
         return
-    require(
-        arch.latent is None,
-        f"model.fp8.recipe={fp8.recipe}",
-        f"must be none for a {arch.family} model: FP8 was not checked with multi-head latent attention",
-    )
-    require(
-        not arch.attention_sinks,
-        f"model.fp8.recipe={fp8.recipe}",
-        f"must be none for a {arch.family} model: FP8 was not checked with attention sinks and biases of experts",
-    )
+    unchecked = {
+        "multi-head latent attention": arch.latent is not None,
+        "attention sinks and biases of experts": arch.attention_sinks,
+        "shared experts": arch.experts is not None and arch.experts.shared_width > 0,
+    }
+    for part, is_there in unchecked.items():
+        require(
+            not is_there,
+            f"model.fp8.recipe={fp8.recipe}",
+            f"must be none for a {arch.family} model: FP8 was not checked with {part}",
+        )
     granule, tensor = fp8.token_multiple, parallel.tensor
     width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     sizes = {

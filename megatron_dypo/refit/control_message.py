@@ -8,6 +8,7 @@ On the store of a connection:
     go         written by the trainer once it has compared all inventories with the plan
     report     written by each server rank once the connection is open, and after each refit: bytes received, or the
                error
+    ended      written by the trainer for each server: number of the last refit whose call to it has ended
 """
 
 from __future__ import annotations
@@ -112,6 +113,11 @@ def inventory_key(server: int, server_rank: int) -> str:
 def report_key(refit: int, server: int, server_rank: int) -> str:
     """Return the key of a server rank's report on a refit."""
     return f"report/{refit}/{server}/{server_rank}"
+
+
+def ended_key(server: int) -> str:
+    """Return the key of the last refit whose call to a server has ended."""
+    return f"ended/{server}"
 
 
 def to_payload(message: ControlMessage) -> str:

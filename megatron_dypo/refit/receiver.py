@@ -7,6 +7,7 @@ library. :mod:`megatron_dypo.refit.control_message` describes what it writes to 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,10 @@ from megatron_dypo.refit.plan.refit_plan import Transfer
 from megatron_dypo.refit.transports.link_receiver import LinkReceiver
 from megatron_dypo.refit.transports.links import Receiver, ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver
+from megatron_dypo.refit.transports.lost_peers import trainer_error
 from megatron_dypo.refit.transports.messages import cut
 from megatron_dypo.refit.transports.p2p import GroupReceiver
-from megatron_dypo.refit.transports.threads import run_concurrently
+from megatron_dypo.refit.transports.threads import run_concurrently, run_unless_lost
 
 RECEIVERS: dict[str, type[Receiver]] = {"p2p": GroupReceiver, "local": LocalReceiver}
 
@@ -72,6 +74,8 @@ class Session:
         deadline = Deadline(message.timeout_s)
         self.connection = message.connection
         self._model = model
+        watched = reach_store(message.store_address, datetime.timedelta(seconds=message.timeout_s))
+        self._trainer_error = functools.partial(trainer_error, watched)
         self._params = {name: param.detach() for name, param in model.named_parameters()}
         store.set(inventory_key(message.server, message.server_rank), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
@@ -95,7 +99,10 @@ class Session:
             most_of_a_rank=message.most_links,
             slot_bytes=message.slot_bytes,
         )
-        self._links = RECEIVERS[message.transport].connect(links_here, message.server_rank, deadline)
+        connect = RECEIVERS[message.transport].connect
+        self._links = run_unless_lost(
+            functools.partial(connect, links_here, message.server_rank, deadline), self._trainer_error
+        )
 
     def receive(self, message: ControlMessage) -> int:
         """Bring all parameters to the refit's version; return the number of bytes received.
@@ -110,7 +117,7 @@ class Session:
             LinkReceiver(self._params, source, self._links.incoming(source, deadline), messages, message)
             for source, messages in self._messages.items()
         ]
-        errors = run_concurrently([receiver.receive for receiver in receivers])
+        errors = run_concurrently([receiver.receive for receiver in receivers], lambda _: self._trainer_error())
         device.synchronize()
         lost = [f"from trainer rank {one.source}: {why}" for one, why in zip(receivers, errors, strict=True) if why]
         if lost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import threading
@@ -187,11 +188,11 @@ class StreamSampler(Generic[T]):
 
     async def _recalled(self, prompt: Prompt, grader: ThreadPoolExecutor) -> T | None:
         recall = self._work.recall(prompt) if self._work.recall is not None else None
-        return None if recall is None else await asyncio.get_running_loop().run_in_executor(grader, recall)
+        return None if recall is None else await _in_worker(grader, recall)
 
-    async def _sampled(self, prompt: Prompt, grader: ThreadPoolExecutor) -> T:
+    async def _sampled(self, prompt: Prompt, grader: ThreadPoolExecutor) -> T | None:
         group = await sample_group(self._client, prompt, self._sampling, planner=self._work.planner, worker=grader)
-        return await asyncio.get_running_loop().run_in_executor(grader, self._work.finish, group)
+        return await _in_worker(grader, functools.partial(self._work.finish, group))
 
     def _postpone_unserved(self, prompt: Prompt, error: NoServerError) -> None:
         with self._changed:
@@ -204,6 +205,21 @@ class StreamSampler(Generic[T]):
 
 def _worker(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+
+async def _in_worker(worker: ThreadPoolExecutor, work: Callable[[], T | None]) -> T | None:
+    """Return the result of ``work`` in a worker thread, even if this is cancelled after the thread has begun.
+
+    The end of a stream waits for that thread in any case. Without its result, the group would be made again.
+    """
+    future = worker.submit(work)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        result = None if future.cancel() else await asyncio.wrap_future(future)
+        if result is None:
+            raise
+        return result
 
 
 def _checked(tasks: Collection[asyncio.Task[None]]) -> set[asyncio.Task[None]]:

@@ -34,7 +34,8 @@ def kinds_of(axes: dict) -> list[str]:
     Layouts that spread or split experts get mixtures of experts. Others get dense models: all kinds on one rank and in
     the layout that has every axis; elsewhere one of each combination of tied embeddings, biases and norms."""
     if {"expert", "expert_tensor"} & axes.keys():
-        return ["qwen3_moe", "deepseek_v3", "gpt_oss"] if "expert_tensor" not in axes else ["qwen3_moe", "moonlight"]
+        split = "expert_tensor" in axes
+        return ["qwen3_moe", *(("moonlight", "glm4_air") if split else ("deepseek_v3", "glm4_moe", "gpt_oss"))]
     return list(KINDS) if not axes or "first_stage_layers" in axes else ["llama_tied", "qwen2", "qwen3"]
 
 
@@ -115,7 +116,7 @@ def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for kind in (*KINDS, "qwen3_moe", "deepseek_v3", "moonlight", "gpt_oss"):
+    for kind in (*KINDS, "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air", "gpt_oss"):
         make_hf_model(kind, root / "hf" / kind)
     return root / "hf"
 
@@ -182,7 +183,11 @@ def test_every_stage_and_every_owner_of_experts_writes_its_own_files(ran) -> Non
         assert len(set.union(*writers.values())) == len(writers)
 
 
-NUM_EXPERTS = {**dict.fromkeys(KINDS, 1), "qwen3_moe": 4, "deepseek_v3": 8, "moonlight": 8, "gpt_oss": 4}
+NUM_EXPERTS = {
+    **dict.fromkeys(KINDS, 1),
+    **dict.fromkeys(("qwen3_moe", "gpt_oss"), 4),
+    **dict.fromkeys(("deepseek_v3", "moonlight", "glm4_moe", "glm4_air"), 8),
+}
 
 
 def num_owners(kind: str, axes: dict) -> int:

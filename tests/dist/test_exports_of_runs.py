@@ -26,6 +26,7 @@ CASES = {
     "tensor and pipeline": ("mistral", 4, {"tensor": 2, "pipeline": 2}, {"distributed": True}),
     "experts": ("qwen3_moe", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
     "latent attention": ("deepseek_v3", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
+    "experts behind a dense layer": ("glm4_moe", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
     "stacked experts": ("gpt_oss", 4, {"pipeline": 2, "expert": 2}, {"distributed": True, "dtype": "bfloat16"}),
     "split experts": ("qwen3_moe", 4, {"expert": 2, "expert_tensor": 2}, {}),
     "tensor and experts": ("qwen3_moe", 4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, {}),

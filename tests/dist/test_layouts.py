@@ -52,8 +52,11 @@ WHOLE = tuple((objective, 2) for objective in range(CONSTANT + 1, len(OBJECTIVES
 SHARDED: dict[str, Any] = {"distributed": True}
 REPLAY: dict[str, Any] = {"kind": "qwen3_moe", "replay": True}
 
-DEEPER: dict[str, tuple[str, dict[str, Any]]] = {"qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6})}
-"""Kinds of models for rows that need more than four layers."""
+OTHER_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6}),
+    "glm, 4 experts": ("glm4_moe", {"n_routed_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Kinds of models for rows that need more than four layers, or the experts of the samples' routes."""
 
 ROWS = {
     "one process": Row(ranks=1, passes=EVERY),
@@ -145,6 +148,15 @@ ROWS = {
     "deepseek, cp2": Row(ranks=2, axes=CP, kind="deepseek_v3", passes=((SUM, 2),)),
     "deepseek, dp2, sharded, overlap": Row(ranks=2, **SHARDED, overlap=True, kind="moonlight"),
     "deepseek, ep2 pp2 vpp2": Row(ranks=4, axes=EP | VPP, kind="moonlight"),
+    "glm, one process": Row(ranks=1, kind="glm4_moe", passes=((MEAN, 1), (SUM, None))),
+    "glm, tp2 sp": Row(ranks=2, axes=SP, kind="glm4_moe", passes=((MEAN, 1), (TOKEN, 2))),
+    "glm, tp2 sp ep2, full": Row(ranks=2, axes=SP | EP, recompute="full", kind="glm4_moe"),
+    "glm, tp2 sp etp2, selective": Row(ranks=2, axes=SP | ETP, recompute="selective", kind="glm4_moe_yarn"),
+    "glm, pp2": Row(ranks=2, axes=PP, kind="glm4_moe"),
+    "glm, ep2": Row(ranks=2, axes=EP, kind="glm4_air"),
+    "glm, cp2": Row(ranks=2, axes=CP, kind="glm4_moe_yarn", passes=((SUM, 2),)),
+    "glm, dp2, sharded, overlap": Row(ranks=2, **SHARDED, overlap=True, kind="glm4_air"),
+    "glm, ep2 pp2 vpp2": Row(ranks=4, axes=EP | VPP, kind="glm4_moe"),
     "gpt-oss, one process": Row(ranks=1, kind="gpt_oss", passes=((MEAN, 1), (TOKEN, 3), (SUM, None))),
     "gpt-oss, one process, selective": Row(ranks=1, recompute="selective", kind="gpt_oss"),
     "gpt-oss, tp2 sp": Row(ranks=2, axes=SP, kind="gpt_oss", passes=((MEAN, 1), (TOKEN, 2))),
@@ -171,6 +183,8 @@ ROWS = {
     "replay, cp2 ep2, full": Row(ranks=2, axes=CP | EP, **REPLAY, recompute="full"),
     "replay, tp2 sp cp2 ep4": Row(ranks=4, axes=SP | CP | {"expert": 4}, **REPLAY),
     "replay, ep2 pp2 vpp2, full": Row(ranks=4, axes=EP | VPP, **REPLAY, recompute="full", passes=((SUM, 4),)),
+    "replay, glm, tp2 sp ep2, full": Row(ranks=2, axes=SP | EP, kind="glm, 4 experts", replay=True, recompute="full"),
+    "replay, glm, pp2 vpp2": Row(ranks=2, axes=VPP, kind="glm, 4 experts", replay=True, passes=((TOKEN, 4),)),
     "replay, tp2 sp pp2 etp2, full": Row(ranks=4, axes=SP | PP | ETP, **REPLAY, recompute="full", passes=((SUM, 3),)),
 }  # fmt: skip
 
@@ -197,7 +211,7 @@ def groups_of(row):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    made = {kind: DEEPER.get(kind, (kind, {})) for kind in {row.kind for row in ROWS.values()}}
+    made = {kind: OTHER_SIZES.get(kind, (kind, {})) for kind in {row.kind for row in ROWS.values()}}
     return {name: str(make_hf_model(kind, root / name, **sizes)) for name, (kind, sizes) in made.items()}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from megatron_dypo.models.experts import Experts
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
-from tests.support.dist.spawn import run_ranks
+from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
 from tests.support.architectures import make_arch
+from tests.support.present import present
 
 WIDE = {
     "hidden_size": 128,
@@ -36,22 +39,34 @@ MIXTURE = make_arch(
     **WIDE,
 )
 
+GLM = make_arch(
+    "glm4_moe", experts=dataclasses.replace(present(make_arch("glm4_moe").experts), ffn_hidden_size=8), **WIDE
+)
+
 
 @contextlib.contextmanager
-def servers(arch: Architecture, layouts: Sequence[ServerMesh], **changes: Any) -> Iterator[list[StandInServer]]:
+def servers(
+    arch: Architecture, layouts: Sequence[ServerMesh], dtype: torch.dtype = torch.float32, **changes: Any
+) -> Iterator[list[StandInServer]]:
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 standin_server(
-                    arch, layout, [served_shapes(arch, layout, rank) for rank in range(layout.tensor)], **changes
+                    arch, layout, [served_shapes(arch, layout, rank, dtype) for rank in range(layout.tensor)], **changes
                 )
             )
             for layout in layouts
         ]
 
 
-def assert_served(running: Sequence[StandInServer], layouts: Sequence[ServerMesh], arch: Architecture, seed: int):
-    model = hf_tensors(arch, seed)
+def assert_served(
+    running: Sequence[StandInServer],
+    layouts: Sequence[ServerMesh],
+    arch: Architecture,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+):
+    model = hf_tensors(arch, seed, dtype)
     for server, layout in zip(running, layouts, strict=True):
         for rank in range(layout.tensor):
             expected, held = served_params(arch, layout, rank, model), server.params(rank)
@@ -66,6 +81,11 @@ CASES = {
         (ServerMesh(tensor=1), ServerMesh(tensor=2))),
     "tied": (TIED, Mesh(pipeline=2, data=2), (ServerMesh(tensor=2), ServerMesh(tensor=2))),
     "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (ServerMesh(tensor=2, expert=2),)),
+    "experts behind a dense layer": (
+        GLM,
+        Mesh(tensor=2, pipeline=2, expert=2, first_stage_layers=1),
+        (ServerMesh(tensor=2, expert=2), ServerMesh(tensor=1)),
+    ),
 }
 
 
@@ -91,6 +111,31 @@ def test_every_rank_of_every_server_holds_its_part_of_the_model(case, kind):
             assert outcome["bytes"] <= 1.01 * own
             # One staging buffer; a whole matrix of an MLP has 4 MiB.
             assert outcome["largest"][0] <= BUCKET_MIB * 2**20 // 3, outcome["largest"]
+
+
+@pytest.mark.parametrize("kind", ["p2p", "local"])
+def test_routers_that_a_server_holds_in_another_type_are_converted(kind):
+    layout, dtype = ServerMesh(tensor=2), torch.bfloat16
+    with servers(GLM, [layout], dtype) as running:
+        refit = Refit(arch=GLM, axes=Mesh(tensor=2), urls=(running[0].url,), kind=kind, dtype=dtype)
+        for outcomes in run_ranks(2, rank_refit, refit):
+            assert [outcome["error"] for outcome in outcomes] == ["", ""]
+        assert_served(running, [layout], GLM, refit.seeds[-1], dtype)
+
+
+def test_a_server_that_fused_the_shared_experts_is_refused_with_the_remedy():
+    """Its experts have one more, and the MLP that every token passes has no parameters of its own."""
+    layout = ServerMesh(tensor=1)
+    shapes = {name: held for name, held in served_shapes(GLM, layout, 0).items() if "shared_experts" not in name}
+    for name, ((count, *sizes), dtype) in shapes.items():
+        if ".mlp.experts." in name:
+            shapes[name] = ((count + 1, *sizes), dtype)
+    with standin_server(GLM, layout, [shapes]) as server:
+        refit = Refit(arch=GLM, axes=Mesh(), urls=(server.url,), kind="p2p", seeds=(1,))
+        ((outcome,),) = run_ranks(1, rank_refit, refit)
+        assert all(set(held) == {0x55} for held in server.params(0).values())
+    assert "mlp.experts.w13_weight has shape (7, 16, 128), the plan has (6, 16, 128)" in outcome["error"]
+    assert "start it with --disable-shared-experts-fusion (rollout.servers.extra_args)" in outcome["error"]
 
 
 def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
@@ -157,6 +202,40 @@ def hang_while_receiving() -> None:
     GroupIncoming.take = hang  # type: ignore[method-assign]
 
 
+def die_while_connecting() -> None:
+    from megatron_dypo.refit.transports.local import LocalReceiver
+    from megatron_dypo.refit.transports.p2p import GroupReceiver
+
+    def die(*args: Any) -> Any:
+        os._exit(1)
+
+    for kind in (GroupReceiver, LocalReceiver):
+        kind.connect = die  # type: ignore[assignment, method-assign]
+
+
+def miss_the_loss() -> None:
+    """Let a trainer rank's links wait on when their connections break, as gloo's do now and then and NCCL's always."""
+    from megatron_dypo.refit.transports.links import Outgoing
+    from megatron_dypo.refit.transports.local import LocalOutgoing
+    from megatron_dypo.refit.transports.p2p import GroupOutgoing
+
+    def wait(self: Outgoing) -> None:
+        threading.Event().wait()
+
+    for end in (GroupOutgoing, LocalOutgoing):
+        end.drain = wait  # type: ignore[method-assign]
+        end.post = lambda self, payload: None  # type: ignore[method-assign]
+
+
+def die_while_sending() -> None:
+    from megatron_dypo.refit.transports.p2p import GroupOutgoing
+
+    def die(self: Any, payload: torch.Tensor) -> None:
+        os._exit(1)
+
+    GroupOutgoing.post = die  # type: ignore[method-assign]
+
+
 NEVER_S = 3600.0
 """A deadline beyond that of any test: nobody can have waited for half of it."""
 
@@ -186,9 +265,41 @@ def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
 
 
-def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks() -> None:
-    with servers(DENSE, [ServerMesh(tensor=2)], prepare=die_while_receiving) as (server,):
-        refit = Refit(arch=DENSE, axes=Mesh(pipeline=2), urls=(server.url,), kind="p2p", deadline_s=NEVER_S, seeds=(1,))
-        by_rank = run_ranks(2, rank_refit, refit)
+@pytest.mark.parametrize("kind", ["p2p", "local"])
+@pytest.mark.parametrize(
+    ("fault", "trainer"),
+    [(die_while_receiving, None), (die_while_receiving, miss_the_loss), (die_while_connecting, None)],
+)
+def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks(
+    kind: str, fault: Callable[[], None], trainer: Callable[[], None] | None
+) -> None:
+    with servers(DENSE, [ServerMesh(tensor=2)], prepare=fault) as (server,):
+        refit = Refit(
+            arch=DENSE,
+            axes=Mesh(pipeline=2),
+            urls=(server.url,),
+            kind=kind,
+            deadline_s=NEVER_S,
+            seeds=(1,),
+            prepare=trainer,
+        )
+        by_rank = run_ranks(2, rank_refit, refit, deadline_s=120)
     for (outcome,) in by_rank:
         assert server.url in outcome["error"]
+
+
+def test_a_server_whose_links_miss_the_loss_of_the_trainer_is_free_again() -> None:
+    with servers(DENSE, [ServerMesh(tensor=1)], prepare=hang_while_receiving) as (server,):
+        refit = Refit(
+            arch=DENSE,
+            axes=Mesh(tensor=2),
+            urls=(server.url,),
+            kind="p2p",
+            deadline_s=NEVER_S,
+            seeds=(1,),
+            prepare=die_while_sending,
+        )
+        with pytest.raises(RankError):
+            run_ranks(2, rank_refit, refit, deadline_s=120)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(server.params, 0).result(timeout=60)

@@ -106,10 +106,19 @@ def test_the_leader_gets_the_experts_of_every_token_and_layer(name: str, model: 
         np.testing.assert_allclose(after, before, atol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [{**SP, "expert": 2}, {"pipeline": 2, "first_stage_layers": 1}])
-def test_a_biased_router_behind_a_dense_layer_replays_its_own_choice(tmp_path: Path, axes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [
+        ("deepseek_v3", {**SP, "expert": 2}),
+        ("deepseek_v3", {"pipeline": 2, "first_stage_layers": 1}),
+        ("glm4_moe", {**SP, "expert": 2}),
+    ],
+)
+def test_a_biased_router_behind_a_dense_layer_replays_its_own_choice(
+    tmp_path: Path, kind: str, axes: dict[str, Any]
+) -> None:
     """The second layout's first stage, which has the leader, has no experts."""
-    path = make_hf_model("deepseek_v3", tmp_path / "model")
+    path = make_hf_model(kind, tmp_path / "model")
     routes, (chosen, replayed), metrics = run_ranks(2, rank_records, str(path), axes, deadline_s=240)[0]
     assert metrics == {"difference": 0.0}
     for before, after in zip(chosen, replayed, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,8 +35,9 @@ def rank_train(path: str, out_dir: str) -> list[tuple[str, str, bool]]:
     return [(name, str(bias.dtype), name in trained) for name, bias in weights if name.endswith("expert_bias")]
 
 
-def test_a_bias_is_kept_bit_for_bit_while_the_weights_are_trained(tmp_path: Path) -> None:
-    source = make_hf_model("deepseek_v3", tmp_path / "hf", dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_a_bias_is_kept_bit_for_bit_while_the_weights_are_trained(tmp_path: Path, kind: str) -> None:
+    source = make_hf_model(kind, tmp_path / "hf", dtype=torch.bfloat16)
     for seen in run_ranks(2, rank_train, str(source), str(tmp_path / "out")):
         assert seen == [(f"decoder.layers.{layer}.mlp.router.expert_bias", "torch.float32", False) for layer in (1, 2, 3)]
     before = load_file(source / "model.safetensors")

@@ -12,11 +12,13 @@ from tests.support.e2e.commands import steps_of, train
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import make_hf_model
 
-EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts_per_tok": 4}
 """SGLang pads experts of bfloat16 on a CPU to a multiple of 64."""
+COUNT = {"qwen3_moe": "num_experts", "glm4_moe": "n_routed_experts"}
+"""Kind of model → the field that says how many experts it has."""
 
 
-def make_run(folder: Path, replay: str, **sections: Any) -> Path:
+def make_run(folder: Path, replay: str, kind: str = "qwen3_moe", **sections: Any) -> Path:
     config = write_task(
         folder,
         num_prompts=400,
@@ -27,7 +29,7 @@ def make_run(folder: Path, replay: str, **sections: Any) -> Path:
         **sections,
     )
     shutil.rmtree(folder / "model")
-    make_hf_model("qwen3_moe", folder / "model", **EXPERTS)
+    make_hf_model(kind, folder / "model", **{**EXPERTS, COUNT[kind]: 16})
     return config
 
 
@@ -44,6 +46,16 @@ def test_the_servers_experts_bring_the_log_probs_nearer_over_twenty_updates(tmp_
     fresh = [step["train/replay/route_difference"] for step in steps if step["train/staleness"] == 0]
     assert fresh
     assert all(0 < difference < 0.05 for difference in fresh)
+    assert all(step["train/train_rollout_logprob_abs_diff_max"] < 0.1 for step in steps)
+
+
+def test_a_biased_router_behind_a_dense_layer_takes_the_choice_of_servers_whose_router_is_fp32(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "rollout", "glm4_moe", parallel={"pipeline": 2, "num_processes": 2})
+    train(config, "run.steps=4")
+    steps = [step for number, step in steps_of(tmp_path / "run").items() if number]
+    assert len(steps) == 4
+    with_replay, own = ([step[f"train/replay/logprob_gap{suffix}"] for step in steps] for suffix in ("", "_own_choice"))
+    assert sum(with_replay) < 0.9 * sum(own)
     assert all(step["train/train_rollout_logprob_abs_diff_max"] < 0.1 for step in steps)
 
 

@@ -39,7 +39,7 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
         switches["experts"] = Experts(
             num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, moe_aux_loss_coef=0.0
         )
-    if family == "deepseek_v3":
+    if family in ("deepseek_v3", "glm4_moe"):
         switches["experts"] = Experts(
             num_experts=6,
             per_token=4,
@@ -50,6 +50,9 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
             shared_width=14,
             biased_sigmoid=BiasedSigmoid(num_groups=3, top_groups=2, scale=2.5),
         )
+    if family == "glm4_moe":
+        switches |= {"qkv_bias": True, "qk_norm": True, "rotated_share": 0.7}
+    if family == "deepseek_v3":
         switches["latent"] = LatentAttention(query_rank=11, key_value_rank=9, plain_dim=5, rope_dim=4, value_dim=6)
         switches |= {"num_key_value_heads": 8, "head_dim": 9}
     if family == "gpt_oss":

@@ -45,7 +45,11 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
         "frequencies": frequencies,
         "softmax_scale": attention_factor**2 / math.sqrt(head_dim),
     }
-    fields["latent"], fields["num_mtp_layers"] = None, 0
+    fields["latent"], fields["num_mtp_layers"], fields["rotated_share"] = None, 0, 1.0
+    if config.model_type == "glm4_moe":
+        fields["rotated_share"] = config.rope_parameters["partial_rotary_factor"]
+        fields["softmax_scale"] = 1 / math.sqrt(head_dim)
+        fields["rotated_scale"] = attention_factor
     if is_latent:
         fields["latent"] = (
             config.q_lora_rank,
@@ -54,6 +58,7 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
             config.qk_rope_head_dim,
             config.v_head_dim,
         )
+    if config.model_type in ("deepseek_v3", "glm4_moe"):
         fields["num_mtp_layers"] = config.num_mtp_layers
         fields["experts"] = (
             config.n_routed_experts,
@@ -105,12 +110,14 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
 
 def as_we_read(arch: Architecture) -> dict[str, Any]:
     """Return the same fields of an Architecture."""
-    from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
+    from megatron_dypo.mcore.rope import inverse_frequencies, rotated_scale, softmax_scale
 
     passed_over = ("rope_scaling", "qkv_bias", "qk_norm", "experts")
     fields = {name: value for name, value in vars(arch).items() if name not in passed_over}
     fields["frequencies"] = inverse_frequencies(arch)
     fields["softmax_scale"] = softmax_scale(arch) or 1 / math.sqrt(arch.head_dim)
+    if arch.family == "glm4_moe":
+        fields["rotated_scale"] = rotated_scale(arch)
     if arch.experts is not None:
         router = arch.experts.biased_sigmoid
         experts = {**vars(arch.experts), "biased_sigmoid": tuple(vars(router).values()) if router else None}
@@ -141,5 +148,6 @@ def _rotary(config: Any, head_dim: int) -> tuple[torch.Tensor, float]:
     kind = config.rope_parameters["rope_type"]
     if kind != "default":
         return ROPE_INIT_FUNCTIONS[kind](config)
+    head_dim = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0

@@ -69,6 +69,31 @@ DEEPSEEK = {
     "rope_parameters": DEEPSEEK_YARN,
 }
 
+_GLM = {
+    "head_dim": 24,
+    "attention_bias": True,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "partial_rotary_factor": 0.5,
+    "num_nextn_predict_layers": 0,
+    "routed_scaling_factor": 2.5,
+}
+GLM = {**_GLM, "use_qk_norm": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+GLM_YARN = {
+    **_GLM,
+    "use_qk_norm": False,
+    "attention_bias": False,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16},
+}
+"""What released models have not: no biases, groups of experts, and a scaling whose factor is for rotated channels only.
+"""
 GPT_OSS_YARN = {
     "rope_type": "yarn",
     "rope_theta": 150_000.0,
@@ -93,6 +118,9 @@ MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe_raw_weights": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": False}),
     "moonlight": ("DeepseekV3Config", {**MOONLIGHT, "num_experts_per_tok": 3}),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
+    "glm4_moe": ("Glm4MoeConfig", GLM),
+    "glm4_air": ("Glm4MoeConfig", {**GLM, "use_qk_norm": False}),
+    "glm4_moe_yarn": ("Glm4MoeConfig", GLM_YARN),
     "gpt_oss": ("GptOssConfig", GPT_OSS),
 }
 """Kinds with experts, which refuse some layouts that dense models accept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_dypo.loop.replica import Leader
 from megatron_dypo.loop.resume import restore_batch, restore_draws
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.train import train_run
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.types import Prompt, Sample, Verdict
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.loop_cases import FakePolicy, Prompts, Refits, ThreadRanks, make_run, mixed, run_in_threads
@@ -79,6 +80,8 @@ class MortalPolicy(FakePolicy):
         """Version → its digest."""
         self.learned: dict[int, set[int]] = {}
         """Version → draws that its update learned from."""
+        self._histories: dict[int, str] = {}
+        """Step of a checkpoint → digest of its weights."""
         if stored is not None:
             self.version, self.history = stored.step, stored.history
 
@@ -98,11 +101,31 @@ class MortalPolicy(FakePolicy):
 
     def save(self, root: Path, step: int, **options: Any) -> Path:
         self._ticks.tick()
+        self._histories[step] = self.history
         folder = super().save(root, step, **options)
-        self.saved[step]["history"] = self.history
-        self._ranks.any_rank(False)  # a real checkpoint is there once every rank has written its part
         self._ticks.tick()
         return folder
+
+    def _publish(self, folder: Path, step: int, state: dict[str, Any], on_publish: Callable[[], object]) -> None:
+        def on_every_rank() -> None:
+            self._ranks.any_rank(False)  # a real checkpoint is there once every rank has written its part
+            on_publish()
+
+        super()._publish(folder, step, {**state, "history": self._histories[step]}, on_every_rank)
+
+
+class JointRefits(Refits):
+    """A refit begins once every rank has come to it, and ends on all ranks together, as a real one."""
+
+    def __init__(self, ranks: ThreadRanks, fake: FakeSGLang) -> None:
+        super().__init__(fakes=[fake] if ranks.is_global_leader else [], urls=[fake.url])
+        self._ranks = ranks
+
+    def refit(self, version: int) -> RefitReport:
+        self._ranks.any_rank(False)
+        report = super().refit(version)
+        self._ranks.any_rank(False)
+        return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +172,13 @@ class Attempt:
 
     def _rank(self, ranks: ThreadRanks, fake: FakeSGLang) -> Run:
         policy = MortalPolicy(self.ticks, ranks, self.stored, drift=self.drift)
-        refitter = Refits(fakes=[fake] if ranks.is_global_leader else [], urls=[fake.url])
         run = make_run(
             [fake.url],
             self.config,
             judge=self._judge,
             prompts=DrawPrompts(),
             ranks=ranks,
-            refitter=refitter,
+            refitter=JointRefits(ranks, fake),
             policy=policy,
             restored=self.stored,
         )

@@ -37,7 +37,7 @@ def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
 
 
 QUANTIZABLE = ("llama", "qwen2", "qwen3", "qwen3_moe")
-FAMILIES = (*QUANTIZABLE, "deepseek_v3", "gpt_oss")
+FAMILIES = (*QUANTIZABLE, "deepseek_v3", "glm4_moe", "gpt_oss")
 """Families of cases."""
 
 
@@ -61,7 +61,7 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = FAMILIES) 
     servers = tuple(ServerMesh(tensor=size) for size in server_sizes)
     if family == "gpt_oss":
         source = dataclasses.replace(source, expert=draw(st.sampled_from(divisors(source.stage_size))))
-    if family in ("qwen3_moe", "deepseek_v3"):
+    if family in ("qwen3_moe", "deepseek_v3", "glm4_moe"):
         expert = draw(st.sampled_from(divisors(source.stage_size)))
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
         source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
@@ -95,11 +95,15 @@ def _architectures(
         num_experts = math.lcm(source.expert, *(server.expert for server in servers))
         width = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers)) * unit
         overrides["experts"] = qwen3_moe_experts(num_experts * draw(st.integers(1, 2)), width * draw(st.integers(1, 2)))
+    if family == "glm4_moe":
+        overrides |= {"qkv_bias": draw(st.booleans()), "qk_norm": draw(st.booleans())}
     if family == "deepseek_v3":
-        split = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers))
         kv_heads, latent = heads, make_arch(family).latent
         assert latent is not None
         overrides["latent"] = dataclasses.replace(latent, query_rank=draw(st.sampled_from([None, 11])))
+        head_dim = latent.query_dim
+    if family in ("deepseek_v3", "glm4_moe"):
+        split = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers))
         overrides["experts"] = dataclasses.replace(
             present(make_arch(family).experts),
             num_experts=math.lcm(source.expert, *(server.expert for server in servers)) * draw(st.integers(1, 2)),
@@ -107,7 +111,6 @@ def _architectures(
             shared_width=common * draw(st.integers(1, 2)),
             num_dense_layers=draw(st.integers(0, num_layers - 1)),
         )
-        head_dim = latent.query_dim
     if family == "gpt_oss":
         overrides["experts"] = dataclasses.replace(
             present(make_arch(family).experts),
@@ -123,7 +126,7 @@ def _architectures(
         head_dim=head_dim,
         ffn_hidden_size=common * unit * draw(st.integers(1, 2)),
         vocab_size=draw(st.integers(8, 200)),
-        tied_embeddings=draw(st.booleans()),
+        tied_embeddings=family not in ("glm4_moe", "gpt_oss") and draw(st.booleans()),
         **overrides,
     )
 
@@ -194,7 +197,7 @@ class NaiveServerRank:
         tensors["model.embed_tokens.weight"] = self._vocabulary(hf["model.embed_tokens.weight"])
         if not arch.tied_embeddings:
             tensors["lm_head.weight"] = self._vocabulary(hf["lm_head.weight"])
-        elif arch.family in ("qwen3_moe", "gpt_oss"):
+        elif arch.family == "qwen3_moe":
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         for layer in range(arch.num_layers):
             for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):

@@ -62,7 +62,7 @@ def held_names(arch: Architecture, axes: Mesh, layout: MeshRank) -> list[str]:
     for row in table(arch):
         if LAYER in row.mcore:
             ours = owned if EXPERT in row.mcore else (None,)
-            names += [row.at(layer, expert).mcore for layer in layers for expert in ours]
+            names += [row.at(layer, expert).mcore for layer in layers if row.is_in(layer, arch) for expert in ours]
         elif layout.is_first_stage if row.mcore.startswith("embedding") else layout.is_last_stage:
             names.append(row.mcore)
     return names
@@ -80,14 +80,19 @@ def shard(name: str, arch: Architecture, layout: MeshRank, seed: int, dtype: tor
 def served_shapes(
     arch: Architecture, server: ServerMesh, server_rank: int, dtype: torch.dtype = torch.float32
 ) -> Shapes:
-    return {name: (tuple(shape), dtype) for name, shape, _ in _served(arch, server, server_rank)}
+    return {name: (tuple(shape), type_of(name, arch, dtype)) for name, shape, _ in _served(arch, server, server_rank)}
+
+
+def type_of(name: str, arch: Architecture, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a served parameter: SGLang's GLM-4.5 has routers in fp32 (models/glm4_moe.py, Glm4MoeGate)."""
+    return torch.float32 if arch.family == "glm4_moe" and ".mlp.gate." in name else dtype
 
 
 def served_params(arch: Architecture, server: ServerMesh, server_rank: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
     """Return the parameters that a server's rank must hold, put together from whole HF tensors."""
     params = {}
     for name, shape, parts in _served(arch, server, server_rank):
-        param = params[name] = torch.zeros(shape, dtype=next(iter(hf.values())).dtype)
+        param = params[name] = torch.zeros(shape, dtype=type_of(name, arch, next(iter(hf.values())).dtype))
         for part, hf_name in parts:
             source = rectangle(hf[hf_name], part.hf_row, part.hf_col, part.rows, part.cols)
             rectangle(param, part.row, part.col, part.rows, part.cols).copy_(source)
@@ -99,6 +104,8 @@ def _served(
 ) -> Iterator[tuple[str, Any, list[tuple[Any, str]]]]:
     for tensor in served_tensors(arch, server, server_rank):
         for layer in range(arch.num_layers) if LAYER in tensor.name else (None,):
+            if layer is not None and not tensor.is_in(layer, arch):
+                continue
             at = str(layer)
             parts = [(part, part.hf_name.replace(LAYER, at)) for part in tensor.rectangles]
             yield tensor.name.replace(LAYER, at), tensor.shape, parts

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_dypo.loop.journal.records import Judged, Logged, Passed, Record, Served, Start, Taken, Void, load
+from megatron_dypo.loop.journal.records import Judged, Listed, Logged, Passed, Record, Served, Start, Taken, load
 from megatron_dypo.loop.journal.segment import Ending, Place, scan
 
 log = logging.getLogger("megatron_dypo")
@@ -58,12 +58,19 @@ class Found:
                 self._enter_group(record, place)
         elif isinstance(record, Taken):
             own = tuple(order for order in record.orders if order % replicas == replica)
-            self.taken.setdefault(record.step, []).append(replace(record, orders=own))
+            self.enter_collection(replace(record, orders=own))
+        elif not isinstance(record, Start):
+            self.enter_collection(record)
+
+    def enter_collection(self, record: Listed) -> None:
+        """Enter a record about collections, all of whose draws count."""
+        if isinstance(record, Taken):
+            self.taken.setdefault(record.step, []).append(record)
         elif isinstance(record, Passed):
             self.passed.setdefault(record.step, []).append(record.look)
         elif isinstance(record, Served):
             self.served = max(self.served, record.version)
-        elif isinstance(record, Void):
+        else:
             self.forget_collections(record.step)
 
     def forget_collections(self, step: int) -> None:
@@ -76,8 +83,8 @@ class Found:
         """Return what counts after a checkpoint of ``step``, with its groups at the places of ``entries``."""
         return Found(
             entries={order: entries[order] for order in self.entries if order in entries},
-            taken={number: taken for number, taken in self.taken.items() if number >= step},
-            passed={number: looks for number, looks in self.passed.items() if number >= step},
+            taken={number: list(taken) for number, taken in self.taken.items() if number >= step},
+            passed={number: list(looks) for number, looks in self.passed.items() if number >= step},
             served=self.served,
         )
 

@@ -38,6 +38,7 @@ from megatron_dypo.loop.journal.found import Entry, Found
 from megatron_dypo.loop.journal.records import (
     Decode,
     Judged,
+    Listed,
     Logged,
     Passed,
     Served,
@@ -80,10 +81,13 @@ class Journal:
     """Those of ``reused`` that :meth:`count_reused` has returned."""
     _written: dict[int, Entry] = field(default_factory=dict)
     """Order → the group of that draw in the files of now."""
+    _listed: Found = field(default_factory=Found)
+    """The collections in the files of now: those of ``found``, and those of this attempt."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._written = dict(self.found.entries)
+        self._listed = self.found.since(0, {})
 
     def adopt(self) -> None:
         """Copy the groups that the journals of other replicas hold into this one. Call it before anything else."""
@@ -117,16 +121,16 @@ class Journal:
     def take(self, step: int, look: int, orders: Sequence[int]) -> None:
         """Write which groups a look of the collection of ``step`` took from the stream."""
         if orders and (weights := self.weights.of([step])) is not None:
-            self.writer.append(dump(Taken(step=step, look=look, orders=tuple(orders), weights=weights[step])))
+            self._list(Taken(step=step, look=look, orders=tuple(orders), weights=weights[step]))
 
     def compute_logprobs(self, step: int, look: int) -> None:
         """Write that log-probs of all waiting groups were computed after a look."""
-        self.writer.append(dump(Passed(step=step, look=look)))
+        self._list(Passed(step=step, look=look))
 
     def forget_collections(self, step: int) -> None:
         """Let no collection from ``step`` on be repeated from what was written so far."""
         self.found.forget_collections(step)
-        self.writer.append(dump(Void(step=step)))
+        self._list(Void(step=step))
 
     def recall(self, prompt: Prompt, *, version: int | None = None) -> RolloutGroup | GradedGroup | None:
         """Return the group of a draw, if the rule above lets it stand for a request.
@@ -136,9 +140,11 @@ class Journal:
         """
         with self._lock:
             entry = self.found.entries.pop(prompt.order, None)
-        if entry is None:
-            return None
-        group = self._group(entry, prompt) if self._may_stand(entry.logged, version) else None
+            if entry is None:
+                return None
+            # Under the lock: a checkpoint moves all groups to a new file, and removes the file of this place.
+            payload = read(entry.place) if self._may_stand(entry.logged, version) else None
+        group = self._group(entry.logged, payload, prompt)
         with self._lock:
             self.reused += group is not None
             self.refused += group is None
@@ -156,7 +162,7 @@ class Journal:
 
     def serve(self, version: int) -> None:
         """Write that servers are about to get these weights."""
-        self.writer.append(dump(Served(version=version)))
+        self._list(Served(version=version))
 
     def is_over(self, step: int) -> bool:
         """Return whether the run before ended the collection of ``step``, and went on with later weights."""
@@ -179,16 +185,15 @@ class Journal:
         with self._lock:
             kept = {order: entry for order, entry in self._written.items() if order in wanted or order >= cursor}
             payloads = {order: payload for order, entry in kept.items() if (payload := read(entry.place)) is not None}
-            places = self.writer.renew(list(payloads.values()))
+            judged = [kept[order].judged for order in payloads]
+            listed = self._listed.since(step, {})
+            others = [dump(record) for record in (*judged, *listed.collections()) if record is not None]
+            places = self.writer.renew([*payloads.values(), *others])
             if places is None:
                 return
-            self._written = {
-                order: replace(kept[order], place=place) for order, place in zip(payloads, places, strict=True)
-            }
-            self.found = self.found.since(step, self._written)
-            judged = [entry.judged for entry in self._written.values() if entry.judged is not None]
-            for record in (*judged, *self.found.collections()):
-                self.writer.append(dump(record))
+            placed = zip(payloads, places[: len(payloads)], strict=True)
+            self._written = {order: replace(kept[order], place=place) for order, place in placed}
+            self.found, self._listed = self.found.since(step, self._written), listed
         for folder in self.surplus:
             remove(folder)
         self.surplus = ()
@@ -210,8 +215,12 @@ class Journal:
             return logged.newest == version
         return max(self.weights.known) - logged.oldest <= self.max_version_lag
 
-    def _group(self, entry: Entry, prompt: Prompt) -> RolloutGroup | GradedGroup | None:
-        payload = read(entry.place)
-        if payload is None or entry.logged.prompt != prompt_digest(prompt.tokens):
+    def _group(self, logged: Logged, payload: bytes | None, prompt: Prompt) -> RolloutGroup | GradedGroup | None:
+        if payload is None or logged.prompt != prompt_digest(prompt.tokens):
             return None
-        return as_group(entry.logged, load_rollouts(payload, self.decode), prompt)
+        return as_group(logged, load_rollouts(payload, self.decode), prompt)
+
+    def _list(self, record: Listed) -> None:
+        with self._lock:
+            self._listed.enter_collection(record)
+            self.writer.append(dump(record))

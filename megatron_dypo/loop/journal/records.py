@@ -104,6 +104,8 @@ class Void:
 Plain: TypeAlias = "Start | Judged | Taken | Passed | Served | Void"
 """A record without arrays."""
 Record: TypeAlias = "Logged | Plain"
+Listed: TypeAlias = "Taken | Passed | Served | Void"
+"""A record about collections."""
 _KINDS: Mapping[str, type[Plain]] = {kind.__name__: kind for kind in (Start, Judged, Taken, Passed, Served, Void)}
 
 

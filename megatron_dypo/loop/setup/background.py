@@ -54,8 +54,10 @@ def open_stream(
         return found
 
     def recalled(prompt: Prompt) -> GradedGroup | None:
-        found = logged.recall(prompt)
-        return graded(found) if isinstance(found, RolloutGroup) else found
+        if not isinstance(found := logged.recall(prompt), RolloutGroup):
+            return found
+        logged.judge([whole := graded(found)])
+        return whole
 
     def recall(prompt: Prompt) -> Callable[[], GradedGroup | None] | None:
         return functools.partial(recalled, prompt) if prompt.order in logged.found.entries else None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.models.families import deepseek_v3, gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
+from megatron_dypo.models.families import deepseek_v3, glm4_moe, gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_dypo.models.families.table import EXPERT, LAYER, Row
 
 FAMILIES = {
@@ -16,6 +16,7 @@ FAMILIES = {
     "qwen3": qwen3.ROWS,
     "qwen3_moe": qwen3_moe.ROWS,
     "deepseek_v3": deepseek_v3.ROWS,
+    "glm4_moe": glm4_moe.ROWS,
     "gpt_oss": gpt_oss.ROWS,
 }
 """``model_type`` of the HF config → its table."""
@@ -60,6 +61,8 @@ def table(arch: Architecture) -> tuple[Row, ...]:
     rows = FAMILIES[arch.family]
     if arch.latent is not None and arch.latent.query_rank is None:
         rows = deepseek_v3.PLAIN_QUERY_ROWS
+    if arch.family == "glm4_moe":
+        rows = glm4_moe.rows_of(arch)
     return (*rows, llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
 
 

@@ -17,9 +17,16 @@ class FamilyDefaults:
     """Whether null is allowed, meaning as many as query heads."""
     head_dim: int | None = None
     """Channels of a head. None: hidden size / heads, also for null."""
+    null_head_dim: bool = True
+    """Whether ``head_dim`` may be null, meaning hidden size / heads."""
     norm_epsilon: float = 1e-6
-    attention_bias: bool = False
-    """The value of ``attention_bias`` that the family has; others are refused."""
+    """``rms_norm_eps``."""
+    attention_bias: bool | None = False
+    """The only value of ``attention_bias`` that is supported. None: either."""
+    rotated_share: float | None = None
+    """``partial_rotary_factor``. None: only 1 is supported."""
+    untied: bool = False
+    """Whether ``tie_word_embeddings`` must be false."""
 
 
 DEFAULTS = {
@@ -29,12 +36,10 @@ DEFAULTS = {
     "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
     "deepseek_v3": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
-    "gpt_oss": FamilyDefaults(
-        key_value_heads=8,
-        head_dim=64,
-        norm_epsilon=1e-5,
-        attention_bias=True,
+    "glm4_moe": FamilyDefaults(
+        key_value_heads=8, null_head_dim=False, norm_epsilon=1e-5, attention_bias=None, rotated_share=0.5, untied=True
     ),
+    "gpt_oss": FamilyDefaults(key_value_heads=8, head_dim=64, norm_epsilon=1e-5, attention_bias=True, untied=True),
 }
 """``model_type`` → defaults."""
 
@@ -58,7 +63,8 @@ def key_value_heads(fields: Fields, heads: int, defaults: FamilyDefaults) -> int
 
 def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) -> int:
     """Return the channels of a head. ValueError if the number is odd or contradicts the other sizes."""
-    if defaults.head_dim is not None or fields.get("head_dim") is not None:
+    is_null = "head_dim" in fields and fields.get("head_dim") is None
+    if defaults.head_dim is not None or fields.get("head_dim") is not None or (is_null and not defaults.null_head_dim):
         channels = fields.integer("head_dim", defaults.head_dim)
     else:
         if hidden % heads:
@@ -75,13 +81,12 @@ def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) 
 
 def refuse_unsupported(fields: Fields, family: str) -> None:
     """Raise ValueError for a field that needs a computation that this package lacks."""
-    own = DEFAULTS[family]
-    rules = {
-        "hidden_act": "silu",
-        "attention_bias": own.attention_bias,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-    }
+    defaults = DEFAULTS[family]
+    rules = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+    if defaults.attention_bias is not None:
+        rules["attention_bias"] = defaults.attention_bias
+    if defaults.untied:
+        rules["tie_word_embeddings"] = False
     for name, allowed in rules.items():
         value = fields.get(name)
         if value is not None and (type(value) is not type(allowed) or value != allowed):

@@ -69,7 +69,8 @@ _MOST_FACTOR = 10_000.0
 """Largest factor. Factors in use are below 100, so a larger one than this is a mistake."""
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
-_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}  # the last says how it came to be
+_SHARE = "partial_rotary_factor"
+_COMMON = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}  # the last says how it came to be
 _KNOWN = {
     "default": _COMMON,
     "linear": _COMMON | {"factor"},
@@ -84,8 +85,20 @@ def rope_scaling_from_data(fields: Mapping[str, Any] | None) -> RopeScaling | No
     return None if fields is None else _CLASSES[fields["rope_type"]](**fields)
 
 
-def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
-    """Return ``rope_theta`` and the scaling of a config.
+def read_rotated_share(config: Fields, default: float) -> float:
+    """Return ``partial_rotary_factor``, the share of a head's channels that are rotated. It is a field of the config or
+    of a section.
+
+    Raises:
+        ValueError: a value is out of its range, or two contradict each other.
+    """
+    places = [config, *(fields for section in _SECTIONS if (fields := config.object(section)) is not None)]
+    said = [(f"{f.section}{_SHARE}", f.number(_SHARE, above=0, most=1)) for f in places if _SHARE in f]
+    return float(_agreed(said, default, config.where))
+
+
+def read_rope(config: Fields, *, is_partial: bool = False) -> tuple[float, RopeScaling | None]:
+    """Return ``rope_theta`` and the scaling of a config; with ``is_partial``, a ``partial_rotary_factor`` is allowed.
 
     They come from ``rope_parameters`` (transformers 5), from ``rope_theta`` and ``rope_scaling`` (transformers 4), or
     from both if these agree.
@@ -94,14 +107,16 @@ def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
         ValueError: the two contradict each other; the scaling is not supported; or a parameter is missing, out of its
             range or one of another scaling.
     """
-    _refuse_partial(config)
+    if not is_partial:
+        _refuse_partial(config)
     thetas = [(f"{config.section}rope_theta", config.number("rope_theta", above=1))] if "rope_theta" in config else []
     scalings: list[tuple[str, RopeScaling | None]] = []
     for section in _SECTIONS:
         fields = config.object(section)
         if fields is None:
             continue
-        _refuse_partial(fields)
+        if not is_partial:
+            _refuse_partial(fields)
         # A section without rope_theta uses that of the config, or the default, but never that of the other section.
         theta = fields.number("rope_theta", config.get("rope_theta") or DEFAULT_THETA, above=1)
         thetas.append((f"{section}.rope_theta", theta))
@@ -128,8 +143,8 @@ def _brief(value: float | RopeScaling | None) -> str:
 
 
 def _refuse_partial(fields: Fields) -> None:
-    if fields.get("partial_rotary_factor") is not None and fields.number("partial_rotary_factor") != 1:
-        fields.refuse("partial_rotary_factor", "only 1 is supported")
+    if fields.get(_SHARE) is not None and fields.number(_SHARE) != 1:
+        fields.refuse(_SHARE, "only 1 is supported")
 
 
 def _scaling(fields: Fields, config: Fields) -> RopeScaling | None:

@@ -1,7 +1,7 @@
 """The servers' side of a plan: how SGLang holds the tensors of a family on one server rank. Pure, no torch, no SGLang.
 
-Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe,deepseek_v2,gpt_oss}.py``, ``layers/linear.py`` (fused
-projections, replicated key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and
+Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe,deepseek_v2,glm4_moe,gpt_oss}.py``, ``layers/linear.py``
+(fused projections, replicated key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and
 ``layers/moe/fused_moe_triton/layer.py`` (expert stacks). Not supported: shared experts that SGLang fuses with the
 others, attention data parallelism, redundant experts, and kernels that reorder weights after loading.
 """
@@ -90,7 +90,7 @@ def _require_divides(size: int, name: str, value: int) -> None:
 
 
 def _shares_embedding(arch: Architecture) -> bool:
-    """Return whether SGLang shares one tensor for embedding and output layer; its Qwen3-MoE never does."""
+    """Return whether SGLang shares one tensor for embedding and output layer; its Qwen3-MoE and GLM-4.5 never do."""
     return arch.tied_embeddings and (arch.experts is None or arch.latent is not None)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import tempfile
 from collections import deque
@@ -71,10 +70,12 @@ class LocalSender(Sender):
 
     @classmethod
     def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> LocalSender:
-        folder = tempfile.mkdtemp(prefix="megatron-dypo-")
         channels: dict[int, Channel] = {}
         try:
-            with socket.socket(socket.AF_UNIX) as listener:
+            with (
+                tempfile.TemporaryDirectory(prefix="megatron-dypo-") as folder,
+                socket.socket(socket.AF_UNIX) as listener,
+            ):
                 path = Path(folder) / "refit"
                 with _address(path) as address:
                     listener.bind(address)
@@ -87,8 +88,6 @@ class LocalSender(Sender):
             _close(channels.values())
             missing = sorted(set(range(links.num_server_ranks)) - channels.keys())
             raise LinkError(f"shared memory: ranks {missing} did not come: {_describe(error)}") from error
-        finally:
-            shutil.rmtree(folder)
         return cls(channels)
 
     def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:

@@ -25,6 +25,7 @@ from megatron_dypo.refit.slices import ShardSlices, SliceSource
 from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection, Step
 from megatron_dypo.refit.transports.links import DEPTH
+from megatron_dypo.refit.transports.lost_peers import LostServers
 from megatron_dypo.refit.transports.server_ranks import Offer, ServerRanks, server_mesh
 from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 from megatron_dypo.refit.transports.update_group import address_towards
@@ -78,7 +79,7 @@ class PlannedConnection(Connection):
         self._num_refits += 1
         refit, server_ranks = self._num_refits, self._server_ranks
         yield functools.partial(server_ranks.announce, refit, version, deadline) if server_ranks else None
-        yield functools.partial(self._trainer_rank.send, version, deadline)
+        yield functools.partial(self._trainer_rank.send, refit, version, deadline)
         yield functools.partial(server_ranks.collect, refit) if server_ranks else None
 
     def abort(self) -> None:
@@ -141,6 +142,7 @@ def _prepare(source: Source, offer: Offer, config: RefitConfig, deadline: Deadli
         offer.urls,
         message.slot_bytes,
         message.most_links,
+        lost_servers=LostServers(reach_store(message.store_address, timeout)),
         make_slices=functools.partial(_slices, source, config.quantize),
         verify=message.verify,
     )

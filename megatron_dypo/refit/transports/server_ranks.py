@@ -19,7 +19,14 @@ from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.stores import ServedStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
-from megatron_dypo.refit.control_message import GO, ControlMessage, inventory_key, report_key, to_payload
+from megatron_dypo.refit.control_message import (
+    GO,
+    ControlMessage,
+    ended_key,
+    inventory_key,
+    report_key,
+    to_payload,
+)
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
@@ -33,7 +40,7 @@ _TRANSPOSED_HINT = (
     "; SGLang's triton_kernels hold experts transposed: start it with --moe-runner-backend triton "
     "(rollout.servers.extra_args), or use refit.transport=broadcast or disk"
 )
-_ENDED = "{}"
+_NO_INVENTORY = "{}"
 """Value in the store in place of an inventory that will not come, because the server's call has ended."""
 
 
@@ -108,7 +115,7 @@ class ServerRanks:
         self.announce(0, 0, deadline)
         for server, answer in enumerate(self._answers):
             keys = [inventory_key(server, rank) for rank in range(self._plan.servers[server].tensor)]
-            answer.add_done_callback(functools.partial(_note_end, self._notes, keys))
+            answer.add_done_callback(functools.partial(_note_missing, self._notes, keys))
         # All come before one is refused: a rank that came later would look for the dropped store until its deadline.
         held = [
             [self._inventory(server, server_rank, deadline)["parameters"] for server_rank in range(mesh.tensor)]
@@ -144,6 +151,8 @@ class ServerRanks:
             for server, mesh in enumerate(self._plan.servers)
         ]
         self._answers = self._control.start_load(bodies, deadline)
+        for server, answer in enumerate(self._answers):
+            answer.add_done_callback(functools.partial(_note_end, self._notes, server, refit))
 
     def collect(self, refit: int) -> None:
         """Wait for the answers and reports of all server ranks.
@@ -208,9 +217,15 @@ def shape_mismatches(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[
     return problems
 
 
-def _note_end(store: dist.Store, keys: Sequence[str], _: Future[Any]) -> None:
+def _note_end(store: dist.Store, server: int, refit: int, _: Future[Any]) -> None:
+    """When a server's call ends, tell those who still send to it. Runs in the control's thread."""
+    with contextlib.suppress(RuntimeError):  # the store is gone, and so are those who wait
+        store.set(ended_key(server), str(refit))
+
+
+def _note_missing(store: dist.Store, keys: Sequence[str], _: Future[Any]) -> None:
     """When a server's call ends, write its missing inventories, so that nobody waits for them. Runs in the control's
     thread."""
-    with contextlib.suppress(RuntimeError):  # the store is gone, and so are those who wait
+    with contextlib.suppress(RuntimeError):
         for key in keys:
-            store.compare_set(key, "", _ENDED)
+            store.compare_set(key, "", _NO_INVENTORY)

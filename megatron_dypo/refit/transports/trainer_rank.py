@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,9 +20,10 @@ from megatron_dypo.refit.slices import SliceSource
 from megatron_dypo.refit.transports.link_sender import LinkSender
 from megatron_dypo.refit.transports.links import LinkError, Sender, ServerLinks
 from megatron_dypo.refit.transports.local import LocalSender
+from megatron_dypo.refit.transports.lost_peers import LostServers
 from megatron_dypo.refit.transports.messages import Message, cut
 from megatron_dypo.refit.transports.p2p import GroupSender
-from megatron_dypo.refit.transports.threads import run_concurrently
+from megatron_dypo.refit.transports.threads import run_concurrently, run_unless_lost
 
 SENDERS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
 
@@ -43,6 +45,7 @@ class TrainerRank:
         slot_bytes: int,
         most_links: int,
         *,
+        lost_servers: LostServers,
         make_slices: Callable[[], SliceSource],
         verify: Verify,
     ) -> None:
@@ -59,6 +62,7 @@ class TrainerRank:
         self._urls = urls
         self._slot_bytes = slot_bytes
         self._most_links = most_links
+        self._lost_servers = lost_servers
         self._make_slices = make_slices
         self._verify = verify
         self._dtypes: dict[Link, Mapping[str, torch.dtype]] = {}
@@ -80,22 +84,15 @@ class TrainerRank:
             ServerError: a server did not connect.
         """
         for server in sorted({server for server, _ in self._messages}):
-            links = ServerLinks(
-                store=self._store,
-                server=server,
-                sources=self._plan.sources_of(server),
-                num_server_ranks=self._plan.servers[server].tensor,
-                peers=tuple(sorted(rank for of, rank in self._messages if of == server)),
-                most_of_a_rank=self._most_links,
-                slot_bytes=self._slot_bytes,
-            )
             try:
-                self._senders[server] = SENDERS[transport].connect(links, self._rank, deadline)
+                self._senders[server] = self._connect(server, SENDERS[transport], deadline)
             except LinkError as error:
                 raise ServerError(f"{self._urls[server]}: no connection: {error}", self._urls[server]) from error
 
-    def send(self, version: int, deadline: Deadline) -> int:
+    def send(self, refit: int, version: int, deadline: Deadline) -> int:
         """Send everything over all links at once; return the bytes sent.
+
+        ``refit`` is the number of the refit on this connection.
 
         Collective over the tensor-parallel groups if weights are quantised.
 
@@ -115,7 +112,11 @@ class TrainerRank:
             )
             for (server, server_rank), messages in self._messages.items()
         }
-        errors = run_concurrently([sender.send for sender in senders.values()])
+        servers = [server for server, _ in senders]
+        errors = run_concurrently(
+            [sender.send for sender in senders.values()],
+            lambda index: self._lost_servers.error(refit, servers[index]),
+        )
         device.synchronize()
         self._raise({link: error for link, error in zip(senders, errors, strict=True) if error is not None})
         return sum(sender.num_bytes for sender in senders.values())
@@ -125,7 +126,22 @@ class TrainerRank:
         for sender in self._senders.values():
             sender.close()
         self._senders.clear()
-        del self._store
+        del self._store, self._lost_servers
+
+    def _connect(self, server: int, kind: type[Sender], deadline: Deadline) -> Sender:
+        links = ServerLinks(
+            store=self._store,
+            server=server,
+            sources=self._plan.sources_of(server),
+            num_server_ranks=self._plan.servers[server].tensor,
+            peers=tuple(sorted(rank for of, rank in self._messages if of == server)),
+            most_of_a_rank=self._most_links,
+            slot_bytes=self._slot_bytes,
+        )
+        return run_unless_lost(
+            functools.partial(kind.connect, links, self._rank, deadline),
+            functools.partial(self._lost_servers.error, 0, server),
+        )
 
     def _raise(self, errors: Mapping[Link, BaseException]) -> None:
         ours = [error for error in errors.values() if not isinstance(error, LinkError)]

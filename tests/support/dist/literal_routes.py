@@ -20,31 +20,36 @@ def routed(model: Any, sample: Sample) -> Iterator[None]:
         yield
         return
     is_gpt_oss = model.config.model_type == "gpt_oss"
-    gates = [layer.mlp.router if is_gpt_oss else layer.mlp.gate for layer in model.model.layers]
-    before = [gate.forward for gate in gates]
-    for index, gate in enumerate(gates):
+    name = "router" if is_gpt_oss else "gate"
+    gates = {i: getattr(layer.mlp, name) for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, name)}
+    before = [gate.forward for gate in gates.values()]
+    for index, gate in gates.items():
         bias, is_normalized = (gate.bias, True) if is_gpt_oss else (None, gate.norm_topk_prob)
         gate.forward = _router(gate, bias, is_normalized, sample.routes[:, index])
     try:
         yield
     finally:
-        for gate, forward in zip(gates, before, strict=True):
+        for gate, forward in zip(gates.values(), before, strict=True):
             gate.forward = forward
 
 
 def _router(gate: Any, bias: Tensor | None, is_normalized: bool, routes_LK: Routes) -> Any:
     unknown = np.iinfo(routes_LK.dtype).max
+    is_sigmoid = hasattr(gate, "e_score_correction_bias")
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight, bias)
+        scores = torch.sigmoid(logits) if is_sigmoid else torch.softmax(logits, dim=-1)
         rows = []
-        for position, row in enumerate(logits):
+        for position, row in enumerate(scores + gate.e_score_correction_bias if is_sigmoid else logits):
             given = routes_LK[position].tolist() if position < len(routes_LK) else [unknown]
             rows.append(torch.topk(row, gate.top_k).indices if unknown in given else torch.tensor(given))
         chosen = torch.stack(rows)
-        weights = torch.softmax(logits, dim=-1).gather(1, chosen)
+        weights = scores.gather(1, chosen)
         if is_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        if is_sigmoid:
+            weights = gate.routed_scaling_factor * weights
         return logits, weights, chosen
 
     return forward

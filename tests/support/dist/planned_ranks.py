@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Refit:
     deadline_s: float = 60.0
     seeds: tuple[int, ...] = (1, 2)
     """Seeds of the models, one refit for each."""
+    prepare: Callable[[], None] | None = None
+    """Runs first on each rank, for example to make it misbehave."""
 
 
 class Allocations(TorchDispatchMode):
@@ -78,6 +80,8 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
     from megatron_dypo.refit.refitter import Refitter
     from megatron_dypo.refit.lockstep import RefitError
 
+    if refit.prepare is not None:
+        refit.prepare()
     join_world()  # its barrier imports a large part of torch, which must not count as part of a refit
     layout = plain_layout(refit.axes, dist.get_rank())
     params: dict[str, Any] = dict.fromkeys(held_names(refit.arch, refit.axes, layout))

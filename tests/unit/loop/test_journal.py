@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_dypo.loop.journal.found import folder_of, read_journals, segments
 from megatron_dypo.loop.journal.journal import Journal
-from megatron_dypo.loop.journal.records import Start, dump
+from megatron_dypo.loop.journal.records import Start, Taken, dump
 from megatron_dypo.loop.journal.weights import Weights
 from megatron_dypo.loop.journal.writer import SegmentWriter
 from megatron_dypo.types import GradedGroup, Rollout, RolloutGroup, Tier, Verdict
@@ -202,6 +203,61 @@ def test_a_new_checkpoint_keeps_what_its_run_may_ask_for_and_nothing_else(tmp_pa
     again.begin_anew(8, unfinished=[4], cursor=9)
     require_same(recall(again, 9), group_of(9))
     assert sorted(open_(tmp_path).found.entries) == [4, 9]
+
+
+@dataclass(kw_only=True)
+class BusyWeights(Weights):
+    """Weights whose comparison takes as long as ``then``."""
+
+    then: Callable[[], object]
+
+    def are_mine(self, weights: Mapping[int, str]) -> bool:
+        self.then()
+        return super().are_mine(weights)
+
+
+def test_a_checkpoint_moves_no_group_away_from_a_stream_that_takes_it(tmp_path: Path) -> None:
+    journal = open_(tmp_path)
+    journal.add(group_of(1))
+    journal.close()
+    resumed = open_(tmp_path)
+    saving = threading.Thread(target=resumed.begin_anew, args=(6, [1], 7))
+
+    def save() -> None:
+        saving.start()
+        saving.join(0.5)  # it ends now, or waits until the group is read
+
+    resumed.weights = BusyWeights(digest=lambda: "?", keeps=9, known=KNOWN, then=save)
+    require_same(recall(resumed, 1), group_of(1))
+    saving.join(10)
+    assert not saving.is_alive()
+    assert (resumed.reused, resumed.refused) == (1, 0)
+    assert len(segments(folder_of(tmp_path, 0))) == 1
+    require_same(recall(open_(tmp_path), 1), group_of(1))
+
+
+def test_a_checkpoint_keeps_the_lists_of_collections_since_it_was_begun(tmp_path: Path) -> None:
+    """A save in the background is published during later steps."""
+
+    def lists() -> tuple[dict[int, list[Taken]], dict[int, list[int]], bool, bool]:
+        found = open_(tmp_path)
+        return found.found.taken, found.found.passed, found.is_over(4), found.is_over(5)
+
+    journal = open_(tmp_path)
+    journal.take(3, 0, [1])
+    journal.take(4, 2, [2, 3])
+    journal.compute_logprobs(4, 2)
+    journal.serve(5)
+    expected = {4: [Taken(step=4, look=2, orders=(2, 3), weights="four")]}, {4: [2]}, True, False
+    journal.begin_anew(4, unfinished=[2, 3], cursor=9)
+    assert lists() == expected
+    repeated = open_(tmp_path)
+    repeated.found.taken.pop(4)  # as the repeated collection does
+    repeated.begin_anew(4, unfinished=[2, 3], cursor=9)
+    assert lists() == expected
+    repeated.forget_collections(4)
+    repeated.begin_anew(4, unfinished=[2, 3], cursor=9)
+    assert lists() == ({}, {}, False, False)
 
 
 def test_a_journal_at_its_limit_says_so_once_and_goes_on_after_the_next_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, Ol
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.ledger import Ledger
+from megatron_dypo.loop.journal.found import read_journals
+from megatron_dypo.loop.setup.open_journal import setting_of
 from tests.support.journal_cases import Attempt, Stored, journaled
 from tests.support.loop_cases import ROUND, make_config
 
@@ -25,6 +28,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sync, two rounds": {"rollout": {"prompts_per_round": ROUND // 2}},
     "async": {"rollout": {"mode": "async"}},
     "async, log-probs of the trainer": {"rollout": {"mode": "async"}, **TRAINER},
+    "async, saved in the background": {
+        "rollout": {"mode": "async"},
+        "checkpoint": CheckpointConfig(every=2, keep=9, async_save=True),
+    },
     "oversampled": {"rollout": {"oversample": 1.5}},
     "sft": {"rollout": {}, "objective": ObjectiveConfig(name="sft")},
 }
@@ -38,16 +45,15 @@ MOMENTS = [
         for seed in range(5)
     ),
     *(("sync", world, 10) for world in WORLDS),
-    *(pytest.param(case, world, 10, marks=pytest.mark.slow) for case in ("async", "oversampled") for world in WORLDS),
+    *((case, world, 10) for case in ("async", "oversampled") for world in WORLDS),
     *(pytest.param(case, world, 11, marks=pytest.mark.slow) for case in ("sync", "async") for world in WORLDS),
 ]
-"""Each is a run that is killed up to three times. Streams of several replicas are slow: now and then one does not
-repeat a collection exactly, and then makes the groups after it again; docs/resuming.md says so."""
+"""Each is a run that is killed up to three times."""
 
 
 def config_of(case: str, run_dir: Path) -> Config:
-    options = {**CASES[case], "rollout": {"max_in_flight": 2, **CASES[case]["rollout"]}}
-    return make_config(run_dir, steps=STEPS, checkpoint=CheckpointConfig(every=2, keep=9), **options)
+    options = {"checkpoint": CheckpointConfig(every=2, keep=9), **CASES[case]}
+    return make_config(run_dir, steps=STEPS, **{**options, "rollout": {"max_in_flight": 2, **options["rollout"]}})
 
 
 @pytest.mark.parametrize(("case", "world", "seed"), MOMENTS)
@@ -100,6 +106,18 @@ def test_a_journal_of_two_replicas_is_dealt_to_one_and_of_one_to_two(tmp_path: P
         resumed = Attempt(config=config, world=worlds[1]).make()
         assert not finished & set(resumed.asked)
         assert set(range(ROUND)) - finished <= set(resumed.asked)
+
+
+def test_groups_of_a_round_get_their_verdicts_once_from_a_stream(tmp_path: Path) -> None:
+    """The run is killed before it has graded its round, and goes on with ``rollout.mode: async``."""
+    for case, kill_at in (("sync", ROUND), ("async", 30)):
+        config = replace(config_of(case, tmp_path), checkpoint=CheckpointConfig(every=0))
+        attempt = Attempt(config=config, kill_at=kill_at).make()
+        assert attempt.is_killed
+        found = read_journals(tmp_path / "journal", replica=0, replicas=1, setting=setting_of(config, {}))
+        of_round = [found.entries[order].logged for order in range(ROUND)]
+        assert [logged.is_graded for logged in of_round] == [case == "async"] * ROUND
+    assert not set(range(ROUND)) & set(attempt.asked)
 
 
 def test_weights_that_came_out_otherwise_take_no_group_of_the_lost_ones(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ EXTRA = {
 """Of the layer after the last one, in types of their own."""
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = make_hf_model("moonlight", tmp_path / "source", num_nextn_predict_layers=1)
+@pytest.fixture(params=["moonlight", "glm4_moe"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = make_hf_model(request.param, tmp_path / "source", num_nextn_predict_layers=1)
     add(folder, EXTRA)
     return folder
 
@@ -90,5 +90,5 @@ def test_a_model_whose_files_lack_them_is_converted_with_a_warning(tmp_path, cap
 
 def test_tensors_of_further_layers_are_refused(source):
     add(source, {"model.layers.5.eh_proj.weight": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match=r"tensor model.layers.5.eh_proj.weight: no rule of family 'deepseek_v3'"):
+    with pytest.raises(ValueError, match=r"tensor model.layers.5.eh_proj.weight: no rule of family '(deepseek|glm4)"):
         HFReader(source).check_complete(load_architecture(source))

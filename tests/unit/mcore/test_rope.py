@@ -1,12 +1,14 @@
 """Rotary frequencies and the scale of scores against those of transformers, and against the papers in float64."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_dypo.mcore.compat.rotated_scale import FACTOR_OF_CONFIG, scale_rotated
 from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
 from megatron_dypo.models.architecture import architecture_from_hf
 from tests.support.hf_models import LLAMA3_ROPE, import_transformers
@@ -93,3 +95,18 @@ def test_yarn_is_that_of_the_paper_in_float64(name):
 def test_scores_have_the_usual_scale_without_yarn():
     for rope in ({"rope_type": "default", "rope_theta": 1e6}, LLAMA_3_1, SCALED["linear"]):
         assert softmax_scale(architecture_from_hf(config_of(rope, 64).to_dict(), where="config")) is None
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2079441541679836, 0.8])
+def test_megatron_reads_the_factor_of_rotated_channels_from_its_config(factor):
+    config: Any = SimpleNamespace(apply_rope_fusion=False)
+    scale_rotated(config, factor)
+    assert FACTOR_OF_CONFIG.get()(config) == pytest.approx(factor, rel=1e-12)
+    assert (len(vars(config)) == 1) == (factor == 1)
+
+
+def test_a_fused_rotation_that_would_ignore_the_factor_is_refused():
+    config: Any = SimpleNamespace(apply_rope_fusion=True)
+    scale_rotated(config, 1.0)
+    with pytest.raises(ValueError, match=r"^model.megatron.apply_rope_fusion=True: must be false: .* factor 1.2 of"):
+        scale_rotated(config, 1.2)

@@ -124,6 +124,7 @@ def test_sizes_must_be_given(family):
         ("qwen3", ["num_key_value_heads"]),
         ("qwen3_moe", ["head_dim", "mlp_only_layers"]),
         ("deepseek_v3", ["q_lora_rank"]),
+        ("glm4_moe", ["rope_scaling"]),
     ],
 )
 def test_null_means_what_it_means_to_transformers(family, nulls):
@@ -144,6 +145,9 @@ def test_null_means_what_it_means_to_transformers(family, nulls):
         ("qwen3_moe", "norm_topk_prob"),
         ("qwen3_moe", "router_aux_loss_coef"),
         ("qwen2", "vocab_size"),
+        ("glm4_moe", "head_dim"),
+        ("glm4_moe", "num_key_value_heads"),
+        ("glm4_moe", "use_qk_norm"),
     ],
 )
 def test_null_is_no_default_where_transformers_has_none(family, name):

@@ -97,7 +97,8 @@ def test_half_of_the_layers_cost_no_more_for_tokens_beyond_the_window():
     ("changes", "message"),
     [
         ({"attention_bias": False}, "attention_bias=False: only True is supported"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True: only False is supported: SGLang's gpt-oss never"),
+        ({"attention_bias": None}, "attention_bias=None: must be true or false"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True: only False is supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu' is supported"),
         ({"swiglu_alpha": 1.0}, "swiglu_alpha=1.0: only 1.702 is supported"),
         ({"hidden_act_alpha": 2}, "hidden_act_alpha=2: only 1.702 is supported"),

@@ -13,6 +13,8 @@ from megatron_dypo.planning.shipped import shipped_architecture, shipped_models
 from tests.support.planning_cases import CONFIGS, ROOT
 
 PARAMETERS = {
+    "glm-4.5": 358.34e9 - 5.54e9,
+    "glm-4.5-air": 110.47e9 - 3.62e9,
     "llama3-8b": 8.03e9,
     "llama3-70b": 70.55e9,
     "llama3-405b": 405.85e9,
@@ -25,7 +27,7 @@ PARAMETERS = {
     "gpt-oss-20b": 20.91e9,
     "gpt-oss-120b": 116.83e9,
 }
-"""Published numbers of parameters (model cards)."""
+"""Published numbers of parameters (model cards), without layers that predict further tokens."""
 
 
 def test_every_shipped_model_has_its_published_number_of_parameters():
@@ -47,12 +49,18 @@ def test_a_shipped_model_is_that_of_its_folder(name, folder):
     assert ours == theirs
 
 
-def test_plan_needs_no_folder_for_a_named_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "name", "expected"),
+    [
+        (ROOT / "examples" / "llama3_70b" / "config.yaml", "llama3-70b", "llama, 70.55e9 parameters"),
+        (CONFIGS / "qwen3_235b_a22b.yaml", "glm-4.5-air", "glm4_moe, 106.85e9 parameters"),
+    ],
+)
+def test_plan_needs_no_folder_for_a_named_model(config, name, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = ROOT / "examples" / "llama3_70b" / "config.yaml"
-    done = CliRunner().invoke(app, ["plan", str(config), "--model=llama3-70b", "--nodes=8"])
+    done = CliRunner().invoke(app, ["plan", str(config), f"--model={name}", "--nodes=8"])
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("llama3-70b: llama, 70.55e9 parameters")
+    assert done.stdout.startswith(f"{name}: {expected}")
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_known_one():

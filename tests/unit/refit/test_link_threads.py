@@ -38,3 +38,17 @@ def test_an_action_whose_thread_does_not_start_has_failed_and_the_others_run(mon
     assert (first, third) == (None, None)
     assert "can't start new thread" in str(second)
     assert sorted(done) == [0, 2]
+
+
+def test_an_action_that_is_lost_is_not_waited_for_and_the_others_are() -> None:
+    never, errors = threading.Event(), [LookupError("lost"), KeyError("x")]
+    reasons = {1: errors[0]}
+    done: list[int] = []
+
+    def wait() -> None:
+        never.wait()
+
+    found = run_concurrently([lambda: done.append(0), wait, raiser(errors[1])], reasons.get)
+    assert found == [None, errors[0], errors[1]]
+    assert done == [0]
+    never.set()

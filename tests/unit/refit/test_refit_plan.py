@@ -156,10 +156,17 @@ def test_every_element_of_latent_attention_is_written_once(case):
     assert_plan_is_right(case, "none")
 
 
+@given(cases(families=("glm4_moe",)))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_element_of_heads_with_biases_beside_shared_experts_is_written_once(case):
+    assert_plan_is_right(case, "none")
+
+
+@pytest.mark.parametrize(("family", "reason"), [("deepseek_v3", "SGLang"), ("glm4_moe", "FP8 was not checked with sh")])
 @pytest.mark.parametrize("quantization", ["fp8_block", "fp8_channel"])
-def test_latent_attention_is_not_quantised(quantization):
-    with pytest.raises(ValueError, match=rf"^quantize={quantization}: must be none for a deepseek_v3 model: SGLang"):
-        make_plan(make_arch("deepseek_v3"), Mesh(), [ServerMesh(tensor=1)], quantization=quantization)
+def test_families_that_are_not_quantised_are_refused(family, reason, quantization):
+    with pytest.raises(ValueError, match=rf"^quantize={quantization}: must be none for a {family} model: {reason}"):
+        make_plan(make_arch(family), Mesh(), [ServerMesh(tensor=1)], quantization=quantization)
 
 
 @pytest.mark.slow

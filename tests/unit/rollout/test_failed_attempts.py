@@ -276,24 +276,29 @@ def test_our_own_lack_of_descriptors_waits_and_blames_no_server(tmp_path: Path) 
         "print(len(groups), len(stats.unserved), len(stats.dropped), stats.retries)\n"
     )
 
-    def plan(index: int, body: dict[str, Any]) -> Reply:
-        if index == 20:
-            fake.release()
-        return "hang" if index <= 20 else "ok"
-
-    with FakeSGLang(plan) as fake:
-        done = subprocess.run(
+    said, lack = tmp_path / "stderr", "cannot open another connection"
+    with (
+        FakeSGLang(lambda index, body: "hang") as fake,
+        said.open("w") as stderr,
+        subprocess.Popen(
             [sys.executable, program, fake.url],
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
-            timeout=60,
-            check=True,
-        )
-    assert done.stdout == "256 0 0 0\n"
+        ) as client,
+    ):
+        try:
+            wait_until(lambda: lack in said.read_text(), "the client has no descriptor left", 60.0)
+            fake.release()
+            stdout, _ = client.communicate(timeout=60)
+        finally:
+            client.kill()
+    assert client.returncode == 0, said.read_text()
+    assert stdout == "256 0 0 0\n"
     assert fake.max_open < 60
-    assert "no more requests" not in done.stderr
-    assert done.stderr.count("cannot open another connection") == 1
+    assert "no more requests" not in said.read_text()
+    assert said.read_text().count(lack) == 1
 
 
 def test_without_any_descriptor_a_group_ends_at_its_deadline_with_the_reason() -> None:

@@ -56,9 +56,10 @@ def make_stream(
     oversample: float = 1.0,
     check: Callable[[], None] | None = None,
     stop: StopFlag | None = None,
+    recall: Callable[[Prompt], Callable[[], int | None] | None] | None = None,
 ) -> RolloutStream[int]:
     client = make_client([fake.url], check)
-    work = StreamWork(claim=draws.claim, load=draws.load, finish=finish, is_useful=is_useful)
+    work = StreamWork(claim=draws.claim, load=draws.load, finish=finish, is_useful=is_useful, recall=recall)
     return RolloutStream(client, client.sampling(2), work, oversample=oversample, stop=stop)
 
 
@@ -144,6 +145,37 @@ def test_what_was_in_flight_at_a_stop_is_drawn_first_at_the_next_start(held: Fak
     stream.stop()
     assert draw.orders == [0, 1, 2]
     assert stream.unfinished() == []
+
+
+@pytest.mark.parametrize(("is_recalled", "result"), [(False, 0), (True, 0), (True, None)])
+def test_a_group_that_a_worker_has_in_hand_at_a_stop_is_not_made_again(is_recalled: bool, result: int | None) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> int | None:
+        begun.set()
+        assert may_end.wait(10.0)
+        return result
+
+    with FakeSGLang(lambda index, body: "ok" if body["input_ids"][-1] == 100 else "hang") as fake:
+        stream = make_stream(
+            fake,
+            Draws(),
+            finish=lambda group: order_of(group) if is_recalled else work() or 0,
+            recall=lambda prompt: work if is_recalled and prompt.order == 0 else None,
+        )
+        stream.want(2)
+        stream.start()
+        wait_until(lambda: begun.is_set() and fake.open == 1, "one group is in hand, the other is in flight")
+        stopping = threading.Thread(target=stream.stop)
+        stopping.start()
+        wait_until(lambda: fake.cancelled == 1, "all groups are cancelled")
+        may_end.set()
+        stopping.join(10)
+        assert not stopping.is_alive()
+    assert stream.take()[0] == ([] if result is None else [0])
+    assert stream.unfinished() == ([0, 1] if result is None else [1])
+    asked = [body["input_ids"][-1] - 100 for body in fake.requests]
+    assert asked == ([1] if is_recalled else [0, 1]), "what could not be recalled is asked for after the stop"
 
 
 def test_postponed_prompts_come_before_new_draws(held: FakeSGLang) -> None:

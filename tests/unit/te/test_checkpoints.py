@@ -14,9 +14,9 @@ from tests.support.te.run import VERSIONS, run_with_te, te_folder
 
 pytestmark = pytest.mark.parametrize("version", VERSIONS)
 
-KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "gpt_oss")
-"""Dense without and with biases, with norms of queries and keys, with experts, with latent attention, and with sinks
-and biases of experts."""
+KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air", "gpt_oss")
+"""Dense without and with biases, with norms of queries and keys, with experts, with latent attention, with experts
+behind a dense layer and beside an MLP, and with sinks and biases of experts."""
 DENSE_LINEARS = ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 LINEARS_OF_EXPERTS = [
     "TEColumnParallelGroupedLinear",
@@ -31,6 +31,7 @@ LINEARS = {
     "deepseek_v3": LATENT_LINEARS,
     "moonlight": LATENT_LINEARS,
 }
+LINEARS |= dict.fromkeys(("glm4_moe", "glm4_air"), sorted({*LINEARS_OF_EXPERTS, "TEColumnParallelLinear"}))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def test_a_converted_checkpoint_gives_the_weights_of_the_hf_folder(
 def norm_of_queries(kind: str) -> str:
     if kind in ("deepseek_v3", "moonlight"):
         return "self_attention.linear_kv_up_proj.layer_norm_weight"
-    return "self_attention.q_layernorm.weight" if "qwen3" in kind else "self_attention.linear_qkv.layer_norm_weight"
+    has_norms_of_heads = kind in ("qwen3", "qwen3_moe", "glm4_moe")
+    return "self_attention." + ("q_layernorm.weight" if has_norms_of_heads else "linear_qkv.layer_norm_weight")
 
 
 def test_layers_that_worked_in_fp8_are_saved_and_resume_with_their_scales(version: str, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Refits of latent attention into a real SGLang server, which derives tensors of its own from the weights."""
+"""Refits of models of the types of DeepSeek-V3 and GLM-4.5 into a real SGLang server. With latent attention it derives
+tensors of its own from the weights."""
 
 from __future__ import annotations
 
@@ -18,6 +19,15 @@ from tests.support.hf_models import import_transformers, make_hf_model
 TOKENS = list(range(3, 40))
 # On a CPU SGLang pads experts to a multiple of 64 features, which planned refits refuse.
 FEATURES: dict[str, Any] = {"moe_intermediate_size": 64}
+# The same on each of two ranks, and heads of a multiple of 32 channels.
+WIDE: dict[str, Any] = {"moe_intermediate_size": 128, "intermediate_size": 128, "head_dim": 32}
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "deepseek_v3": (1, FEATURES),
+    "moonlight": (1, FEATURES),
+    "glm4_moe": (2, WIDE),
+    "glm4_moe_yarn": (1, FEATURES),
+}
+"""Kind of model → tensor-parallel ranks of the server, and sizes that it does not pad."""
 NEW_TOKENS = 4
 BODY = {
     "input_ids": TOKENS,
@@ -27,15 +37,16 @@ BODY = {
 }
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3", "moonlight"])
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def servers(kind: str, sglang_servers: Callable[..., ServerPool], tmp_path_factory: pytest.TempPathFactory) -> Servers:
-    model = make_hf_model(kind, tmp_path_factory.mktemp("models") / kind, **FEATURES)
-    pool = sglang_servers(model, per_node=1)
+    tensor_parallel, sizes = KINDS[kind]
+    model = make_hf_model(kind, tmp_path_factory.mktemp("models") / kind, **sizes)
+    pool = sglang_servers(model, per_node=1, tensor_parallel=tensor_parallel)
     assert pool.api_key is not None
     return Servers(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
 
@@ -58,7 +69,7 @@ def rank_refits(servers: Servers, models: dict[str, str], axes: dict[str, Any]) 
 
 def test_the_server_samples_from_what_was_refitted(kind: str, servers: Servers, tmp_path: Path) -> None:
     seeds = {"broadcast": 1, "p2p": 2, "local": 3, "disk": 4}
-    models = {name: make_hf_model(kind, tmp_path / name, seed=seed, **FEATURES) for name, seed in seeds.items()}
+    models = {name: make_hf_model(kind, tmp_path / name, seed=seed, **KINDS[kind][1]) for name, seed in seeds.items()}
     axes = {"tensor": 2, "sequence": True, "expert": 2}
     seen = run_ranks(2, rank_refits, servers, {name: str(path) for name, path in models.items()}, axes)[0]
     for transport, model in models.items():
