@@ -58,12 +58,8 @@ _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 def table(arch: Architecture) -> tuple[Row, ...]:
     """Return the rows of an architecture, with ``{layer}`` and ``{expert}`` in their names."""
-    rows = FAMILIES[arch.family]
-    if arch.latent is not None and arch.latent.query_rank is None:
-        rows = deepseek_v3.PLAIN_QUERY_ROWS
-    if arch.family == "glm4_moe":
-        rows = glm4_moe.rows_of(arch)
-    return (*rows, llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
+    rows = (*FAMILIES[arch.family], llama.OUTPUT, llama.TIED_OUTPUT)
+    return tuple(row for row in rows if row.needs is None or row.needs(arch))
 
 
 def family_rows(arch: Architecture) -> Iterator[Row]:
