@@ -78,7 +78,8 @@ class PackedAttention(MegatronModule):
         """Return the sinks as Megatron's own attention stores them; see Megatron's modules."""
         if self.softmax_offset is None:
             return {}
-        groups = {"tp_group": self._tp_group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        assert metadata is not None, "Megatron's checkpoints name their groups"
+        groups = {"tp_group": self._tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         state = self.state_dict(prefix="", keep_vars=True)
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             state, prefix, {"softmax_offset": 0}, sharded_offsets, **groups

@@ -75,11 +75,8 @@ def iter_table_tensors(
             value = values(param).detach()
             shards = _gather_to_first(value, axis, peers) if _is_split(row, axis) else [value]
             del value
-            if axis.rank == 0 and not axis.is_of_owners:
-                yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
-            elif axis.rank == 0:
-                for owned, shard in zip(_of_owners(row, arch, layout), shards, strict=True):
-                    yield from zip(owned.hf, owned.rule.merge([shard], arch), strict=True)
+            if axis.rank == 0:
+                yield from _merged(row, shards, arch, layout)
     except BaseException:  # also GeneratorExit: the caller failed or has stopped early
         with contextlib.suppress(RuntimeError):  # the group itself is broken; the first error says more
             peers.leave(failed=True)
@@ -199,6 +196,15 @@ def _is_split(row: Row, axis: _Axis) -> bool:
 def _is_gathered(row: Row, arch: Architecture) -> bool:
     """Return whether the stage's leader gathers a parameter from the ranks that own experts, to stack them."""
     return row.is_expert and arch.experts is not None and arch.experts.is_stacked
+
+
+def _merged(row: Row, shards: list[Tensor], arch: Architecture, layout: MeshRank) -> Iterator[tuple[str, Tensor]]:
+    """Yield the HF tensors of one parameter's shards, or of the parameters of all owners of experts."""
+    if not _is_gathered(row, arch):
+        yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
+        return
+    for owned, shard in zip(_of_owners(row, arch, layout), shards, strict=True):
+        yield from zip(owned.hf, owned.rule.merge([shard], arch), strict=True)
 
 
 def _leads(row: Row, arch: Architecture, layout: MeshRank) -> bool:

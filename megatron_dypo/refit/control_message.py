@@ -26,10 +26,10 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import experts_from_data
-from megatron_dypo.models.gpt_oss import windows_from_data
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.latent_attention import LatentAttention
 from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.models.windows import windows_from_data
 from megatron_dypo.parallel.stores import StoreAddress
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan

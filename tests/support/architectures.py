@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_dypo.models.architecture import FAMILIES, Architecture
 from megatron_dypo.models.experts import BiasedSigmoid, Experts
-from megatron_dypo.models.gpt_oss import Windows
 from megatron_dypo.models.latent_attention import LatentAttention
+from megatron_dypo.models.windows import Windows
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_dypo.models.hf.fields import Fields
+from megatron_dypo.models.hf.rope_scaling import DEFAULT_THETA, SECTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,23 @@ class FamilyDefaults:
     """``rms_norm_eps``."""
     attention_bias: bool | None = False
     """The only value of ``attention_bias`` that is supported. None: either."""
+    rope_theta: float = DEFAULT_THETA
+    rope_scaling: Mapping[str, Any] | None = None
+    """``rope_parameters`` of a config that has none, nor ``rope_scaling``. None: no scaling."""
     rotated_share: float | None = None
     """``partial_rotary_factor``. None: only 1 is supported."""
     untied: bool = False
     """Whether ``tie_word_embeddings`` must be false."""
 
+
+_GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 DEFAULTS = {
     "llama": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
@@ -39,7 +54,15 @@ DEFAULTS = {
     "glm4_moe": FamilyDefaults(
         key_value_heads=8, null_head_dim=False, norm_epsilon=1e-5, attention_bias=None, rotated_share=0.5, untied=True
     ),
-    "gpt_oss": FamilyDefaults(key_value_heads=8, head_dim=64, norm_epsilon=1e-5, attention_bias=True, untied=True),
+    "gpt_oss": FamilyDefaults(
+        key_value_heads=8,
+        head_dim=64,
+        norm_epsilon=1e-5,
+        attention_bias=True,
+        rope_theta=150_000.0,
+        rope_scaling=_GPT_OSS_YARN,
+        untied=True,
+    ),
 }
 """``model_type`` → defaults."""
 
@@ -77,6 +100,17 @@ def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) 
             f"{fields.where}: head_dim={channels}: must be even, as rotary positions turn pairs of channels"
         )
     return channels
+
+
+def with_positions(fields: Fields, defaults: FamilyDefaults) -> Fields:
+    """Return the fields with the family's rotary positions where the config gives none, or no ``rope_theta``."""
+    sections = [section for name in SECTIONS if (section := fields.object(name))]
+    added: dict[str, Any] = {}
+    if not sections and defaults.rope_scaling is not None:
+        added["rope_parameters"] = defaults.rope_scaling
+    if not any("rope_theta" in section for section in (fields, *sections)):
+        added["rope_theta"] = defaults.rope_theta
+    return replace(fields, values={**fields.values, **added})
 
 
 def refuse_unsupported(fields: Fields, family: str) -> None:

@@ -81,7 +81,8 @@ def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
         f"server expert={expert}",
         f"does not divide num_experts={arch.experts.num_experts}",
     )
-    _require_divides(tensor // expert, "moe_intermediate_size", arch.experts.ffn_hidden_size)
+    width = "intermediate_size" if arch.experts.is_stacked else "moe_intermediate_size"
+    _require_divides(tensor // expert, width, arch.experts.ffn_hidden_size)
     _require_divides(tensor, "n_shared_experts · moe_intermediate_size", arch.experts.shared_width)
 
 

@@ -12,9 +12,9 @@ from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
 from megatron_dypo.models.flops import sequence_cost
-from megatron_dypo.models.gpt_oss import Windows, windows_from_data
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.models.quantized.refusals import require_quantizable
+from megatron_dypo.models.windows import Windows, windows_from_data
 from megatron_dypo.planning.parameters import active_parameters, served_bytes, whole_model
 
 GPT_OSS_20B: dict[str, Any] = {
@@ -104,6 +104,7 @@ def test_half_of_the_layers_cost_no_more_for_tokens_beyond_the_window():
         ({"hidden_act_alpha": 2}, "hidden_act_alpha=2: only 1.702 is supported"),
         ({"swiglu_limit": None}, "swiglu_limit=None: must be a finite number above 0"),
         ({"swiglu_limit": 0}, "swiglu_limit=0: must be a finite number above 0"),
+        ({"num_experts": 16}, "num_local_experts=32: must be the same as num_experts=16"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok=1: must be from 2 to num_local_experts=32: a single weight"),
         ({"num_experts_per_tok": 33}, "num_experts_per_tok=33: must be from 2 to num_local_experts=32"),
         ({"sliding_window": None}, "sliding_window=None: must be a positive integer"),

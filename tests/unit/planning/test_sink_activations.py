@@ -9,7 +9,7 @@ import torch
 
 from megatron_dypo.mcore.attention import attend, plan
 from megatron_dypo.mcore.sink_attention import Sinks
-from megatron_dypo.models.gpt_oss import Windows
+from megatron_dypo.models.windows import Windows
 from megatron_dypo.planning.sink_activations import sink_bytes
 from tests.support.architectures import make_arch
 from tests.support.literal_attention import CPU
