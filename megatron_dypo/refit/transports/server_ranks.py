@@ -124,12 +124,10 @@ class ServerRanks:
         for server, of_server in enumerate(held):
             for server_rank, parameters in enumerate(of_server):
                 shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
-                problems = shape_mismatches(shapes, self._plan.served_shapes(server, server_rank))
+                planned = self._plan.served_shapes(server, server_rank)
+                problems = shape_mismatches(shapes, planned)
                 if problems:
-                    hint = _FUSION_HINT if any("shared_experts" in problem for problem in problems) else ""
-                    if any("w13_weight has shape" in problem for problem in problems):
-                        hint += _TRANSPOSED_HINT
-                    raise self._error(server, server_rank, "; ".join(problems) + hint)
+                    raise self._error(server, server_rank, "; ".join(problems) + known_cause(shapes, planned))
 
     def let_connect(self) -> None:
         """Let the server ranks connect, once all inventories are as planned."""
@@ -215,6 +213,17 @@ def shape_mismatches(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[
         if held[name] != planned[name]
     ]
     return problems
+
+
+def known_cause(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[int, ...]]) -> str:
+    """Return the cause of differences and its remedy, as the end of their message; empty if it is not known."""
+    different = [name for name in held.keys() | planned.keys() if held.get(name) != planned.get(name)]
+    if any("shared_experts" in name for name in different):
+        return _FUSION_HINT
+    stacks = [name for name in different if name.endswith(".experts.w13_weight") and name in planned]
+    if any(held.get(name) == (planned[name][0], *reversed(planned[name][1:])) for name in stacks):
+        return _TRANSPOSED_HINT
+    return ""
 
 
 def _note_end(store: dist.Store, server: int, refit: int, _: Future[Any]) -> None:

@@ -123,8 +123,8 @@ def test_layouts_and_fp8_that_do_not_suit_are_refused():
     check_layout(arch, ParallelConfig(tensor=2, sequence=True, expert=2, context=2))
     with pytest.raises(ValueError, match=r"parallel.tensor=2: a mixture of experts needs parallel.sequence=true"):
         check_layout(arch, ParallelConfig(tensor=2))
-    with pytest.raises(ValueError, match=r"^parallel.expert_tensor=2: must be 1 for a gpt_oss model: Megatron adds"):
-        check_layout(arch, ParallelConfig(expert_tensor=2))
+    with pytest.raises(ValueError, match=r"^parallel.expert_tensor=7: must be 1 for a gpt_oss model: Megatron adds"):
+        check_layout(arch, ParallelConfig(expert_tensor=7))
     with pytest.raises(ValueError, match=r"^model.fp8.recipe=blockwise: must be none for a gpt_oss model"):
         check_fp8_sizes(arch, ParallelConfig(), Fp8Config(recipe="blockwise"))
     with pytest.raises(ValueError, match=r"^quantize=fp8_block: must be none for a gpt_oss model"):

@@ -145,9 +145,11 @@ def test_every_element_of_alternating_gates_and_values_is_written_once(case):
     assert_plan_is_right(case, "none")
 
 
-def test_servers_that_share_out_stacked_experts_are_refused():
+def test_servers_that_share_out_or_cannot_split_stacked_experts_are_refused():
     with pytest.raises(ValueError, match=r"^server expert=2: must be 1 for a gpt_oss model: SGLang loads stacked"):
         make_plan(make_arch("gpt_oss"), Mesh(), [ServerMesh(tensor=2, expert=2)])
+    with pytest.raises(ValueError, match=r"^server tensor=2: does not divide intermediate_size=7$"):
+        make_plan(make_arch("gpt_oss"), Mesh(), [ServerMesh(tensor=2)])
 
 
 @given(cases(families=("deepseek_v3",)))
