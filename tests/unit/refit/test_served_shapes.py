@@ -1,4 +1,4 @@
-"""What is said of a server rank whose parameters differ from the plan."""
+"""Messages about a server rank whose parameters differ from the plan."""
 
 from __future__ import annotations
 
