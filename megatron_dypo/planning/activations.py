@@ -149,7 +149,7 @@ def _experts(experts: Experts | None, H: int, e: int, split: int) -> float:
     """Return the bytes for each token of its experts' inputs, channels and outputs, under perfect balance."""
     if experts is None:
         return 0.0
-    # Bounding gate and value, and the one that is added to the value, make two more tensors.
+    # The bounded gate and its sigmoid are two more tensors.
     channels = (6 if experts.clamp is None else 8) * experts.ffn_hidden_size
     return _router(experts) + e * experts.per_token * (2 * split * H + channels)
 
