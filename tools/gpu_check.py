@@ -29,6 +29,10 @@ def main(
     vocab: Annotated[int, typer.Option(help="Vocabulary size of the policy.")] = 32_000,
     tokens: Annotated[int, typer.Option(help="Approximate tokens of one update.")] = 18_432,
     steps: Annotated[int, typer.Option(help="Updates in each precision.")] = 50,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="Config field=value for all runs with servers; may be repeated.", show_default=False),
+    ] = None,
     cpu_smoke: Annotated[bool, typer.Option(help="Every stage in small, on a machine without a GPU.")] = False,
 ) -> None:
     """Check a machine with GPUs. Exit code 0: every bar is met; 1: some are not; 2: there is no GPU."""
@@ -51,7 +55,14 @@ def main(
     if cpu_smoke:
         sizes = CheckSizes(hidden=64, layers=2, head_dim=32, vocab=256, tokens=512, length=32, steps=4)
         projection = ProjectionSizes(tokens=128, hidden=64, vocab=1000, rounds=2)
-    plan = Plan(machine=machine, folder=out.resolve(), sizes=sizes, projection=projection, is_smoke=cpu_smoke)
+    plan = Plan(
+        machine=machine,
+        folder=out.resolve(),
+        sizes=sizes,
+        projection=projection,
+        overrides=tuple(override or ()),
+        is_smoke=cpu_smoke,
+    )
     stages = plan_stages(plan, say=typer.echo)
     names = [stage.name for stage in stages]
     chosen = only.split(",") if only else names
@@ -59,7 +70,12 @@ def main(
         raise ValueError(f"--only {only}: {', '.join(unknown)}: the stages are {', '.join(names)}")
     out.mkdir(parents=True, exist_ok=True)
     versions = collect_versions()
-    key = {"machine": machine, "versions": versions, "sizes": [asdict(sizes), asdict(projection)]}
+    key = {
+        "machine": machine,
+        "versions": versions,
+        "sizes": [asdict(sizes), asdict(projection)],
+        "overrides": list(plan.overrides),
+    }
     results = run_stages([stage for stage in stages if stage.name in chosen], out, key, typer.echo)
     write_result(out, machine, versions, stages, results)
     typer.echo(str(out / "page.md"))

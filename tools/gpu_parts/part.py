@@ -44,21 +44,21 @@ def machine() -> dict[str, Any]:
 def measure(layout: MeshRank, spec: dict[str, Any]) -> dict[str, Any]:
     """Make the measurement that ``spec`` asks for, on the process group that exists."""
     if spec["what"] == "logprobs":
-        sizes = ProjectionSizes(**spec["sizes"])
-        return measure_logprobs(sizes, getattr(torch, spec["dtype"]), layout.tp_group)
+        projection = ProjectionSizes(**spec["sizes"])
+        return measure_logprobs(projection, getattr(torch, spec["dtype"]), layout.tp_group)
     if spec["what"] == "layout":
         from tools.gpu_parts.layout_scores import score_layout
 
         return score_layout(layout, Path(spec["model"]), spec["dtype"], ParallelConfig(**spec["parallel"]))
+    sizes, fp8 = CheckSizes(**spec["sizes"]), Fp8Config(recipe=spec["recipe"])
+    if spec["what"] == "resumed":
+        from tools.gpu_parts.resumed import run_resumed
+
+        root = Path(spec["root"])
+        return run_resumed(sizes, layout, dtype=spec["dtype"], fp8=fp8, root=root, loads=spec["loads"])
     from tools.gpu_parts.updates import run_updates
 
-    run = run_updates(
-        CheckSizes(**spec["sizes"]),
-        layout,
-        dtype=spec["dtype"],
-        fp8=Fp8Config(recipe=spec["recipe"]),
-        keep=Path(spec["keep"]),
-    )
+    run = run_updates(sizes, layout, dtype=spec["dtype"], fp8=fp8, keep=Path(spec["keep"]))
     return dataclasses.asdict(run)
 
 

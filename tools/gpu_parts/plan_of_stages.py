@@ -11,6 +11,7 @@ from tools.gpu_parts.layouts import compare_layouts
 from tools.gpu_parts.logprob_speed import ProjectionSizes
 from tools.gpu_parts.memory import compare_memory
 from tools.gpu_parts.precisions import run_precisions
+from tools.gpu_parts.resumed import compare_resumed
 from tools.gpu_parts.run_part import run_part
 from tools.gpu_parts.stages import LIMIT_S, Result, Stage
 from tools.gpu_parts.synthetic import CheckSizes, Dtype
@@ -28,6 +29,8 @@ class Plan:
     folder: Path
     sizes: CheckSizes
     projection: ProjectionSizes
+    overrides: tuple[str, ...] = ()
+    """Config fields of all runs with servers, as ``field=value``."""
     is_smoke: bool
 
     @property
@@ -54,6 +57,7 @@ class Plan:
             warmup_steps=60 if self.is_smoke else 900,
             steps=2 if self.is_smoke else 10,
             limit_s=LIMIT_S,
+            overrides=self.overrides,
         )
 
 
@@ -75,6 +79,11 @@ def plan_stages(plan: Plan, say: Callable[[str], None]) -> list[Stage]:
             name="memory",
             about="peak of the updates against `megatron-dypo plan`",
             run=lambda: compare_memory(plan.machine, plan.sizes, plan.folder / "updates.json"),
+        ),
+        Stage(
+            name="resumed",
+            about="updates after a checkpoint was loaded against those without, in each precision",
+            run=lambda: compare_resumed(plan.machine, plan.work),
         ),
         Stage(
             name="quickstart",

@@ -39,6 +39,8 @@ class Trainer:
     warmup_steps: int
     steps: int
     limit_s: float = 600.0
+    overrides: tuple[str, ...] = ()
+    """Config fields of all runs with servers, as ``field=value``; they win over the check's own."""
 
     @property
     def task(self) -> Path:
@@ -88,6 +90,7 @@ class Trainer:
             *([] if self.has_learnt else [self.every_rollout]),
             *self._one_rank(),
             *overrides,
+            *self.overrides,
         ]
         return megatron_dypo("train", _CONFIG, *settings)
 
@@ -183,6 +186,7 @@ def _server(trainer: Trainer, gpu: int) -> Iterator[tuple[str, dict[str, str]]]:
         f"rollout.servers.port={port}",
         f"rollout.servers.base_gpu={gpu}",
         "rollout.servers.mem_fraction=0.3",
+        *trainer.overrides,
     ]
     command = megatron_dypo("serve", _CONFIG, *overrides, "--log-dir", str(trainer.work / "logs" / f"sglang_{gpu}"))
     log = trainer.log(f"server_{gpu}")

@@ -65,23 +65,21 @@ def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Co
         ValueError: the recipe does not suit the sizes or the machine.
     """
     device.reset_peak_memory()
-    chunks, optimizer = _build(sizes, layout, dtype, fp8)
-    samples, budget = make_samples(sizes), max(sizes.tokens // 2, sizes.length)
+    chunks, optimizer = build_policy(sizes, layout, dtype, fp8)
+    samples = make_samples(sizes)
     start = _now()
-    logp = sequence_logprobs(chunks, samples, layout=layout, budget=budget, token_multiple=fp8.token_multiple)
+    logp = score(chunks, samples, sizes, layout, fp8)
     score_s = _now() - start
-    assert logp is not None, "one rank leads itself"
-    rows = _pack(_token_weights(samples, logp), layout, budget, fp8.token_multiple)
+    rows = pack_samples(samples, logp, sizes, layout, fp8)
     losses, norms, seconds = [], [], []
     for step in range(sizes.steps):
         start = _now()
         optimizer.zero_grad()
-        sums = loss_pass(chunks, rows, objective=build_objective(OBJECTIVE))
+        losses.append(backward(chunks, rows))
         if step == 0:
             torch.save({"logp": torch.from_numpy(np.concatenate(logp)), "gradient": _gradient(chunks)}, keep)
         norms.append(optimizer.step().grad_norm)
         seconds.append(_now() - start)
-        losses.append(sums["pg"] + sums["kl"] + sums["sft"])
     step_s = statistics.median(seconds[1:] or seconds)
     cost = sequence_cost(architecture(sizes))
     needed = replace(cost, response=cost.response * 3 / 4)
@@ -96,12 +94,42 @@ def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Co
     )
 
 
-def _build(sizes: CheckSizes, layout: MeshRank, dtype: Dtype, fp8: Fp8Config) -> tuple[list[Any], PolicyOptimizer]:
+def build_policy(
+    sizes: CheckSizes, layout: MeshRank, dtype: Dtype, fp8: Fp8Config
+) -> tuple[list[Any], PolicyOptimizer]:
+    """Return the model chunks, with the same weights on every machine, and their optimizer."""
     model = ModelConfig(hf_path="synthetic", dtype=dtype, fp8=fp8)
     chunks = build_model(architecture(sizes), model, ParallelConfig(), layout)
     _fill_weights(chunks)
     config = OptimizerConfig(lr=LEARNING_RATE)
     return chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=sizes.steps, fp8=fp8)
+
+
+def score(
+    chunks: Sequence[Any], samples: Sequence[Sample], sizes: CheckSizes, layout: MeshRank, fp8: Fp8Config
+) -> list[Floats]:
+    """Return log π of each sample's response tokens, [R]."""
+    logp = sequence_logprobs(chunks, samples, layout=layout, budget=_budget(sizes), token_multiple=fp8.token_multiple)
+    assert logp is not None, "one rank leads itself"
+    return logp
+
+
+def pack_samples(
+    samples: Sequence[Sample], logp: Sequence[Floats], sizes: CheckSizes, layout: MeshRank, fp8: Fp8Config
+) -> list[Microbatch]:
+    """Return the samples' microbatches with the objective's weights; ``logp`` is both log π_old and log π_ref."""
+    return _pack(_token_weights(samples, logp), layout, _budget(sizes), fp8.token_multiple)
+
+
+def backward(chunks: Sequence[Any], rows: Sequence[Microbatch]) -> float:
+    """Add the gradient of the whole objective to the main gradients, and return surrogate + KL + distillation."""
+    sums = loss_pass(chunks, rows, objective=build_objective(OBJECTIVE))
+    return float(sums["pg"] + sums["kl"] + sums["sft"])
+
+
+def _budget(sizes: CheckSizes) -> int:
+    """Return the tokens of a microbatch."""
+    return max(sizes.tokens // 2, sizes.length)
 
 
 @torch.no_grad()
