@@ -52,6 +52,13 @@ CORE_STAMP := $(CORE)/setup-$(shell cksum < $(CORE_REQUIREMENTS) | cut -d ' ' -f
 CORE_TESTS := $(addprefix tests/unit/mcore/test_,compat.py features.py common_state.py) \
 	$(addprefix tests/dist/test_,training.py moe.py checkpoint.py)
 
+# Megatron-Bridge, for models without a name table: `make test-megatron-bridge` finds it beside the packages of .venv.
+BRIDGE_REQUIREMENTS := requirements/megatron_bridge.txt
+BRIDGE := .venv-megatron-bridge
+BRIDGE_STAMP := $(BRIDGE)/setup-$(shell cksum < $(BRIDGE_REQUIREMENTS) | cut -d ' ' -f 1).done
+BRIDGE_TESTS := $(addprefix tests/,dist/test_bridged_models.py dist/test_bridged_training.py unit/check/test_bridged_checks.py \
+	unit/mcore/test_bridged_package.py unit/te/test_bridged_layers.py)
+
 # For `make test-versions`: pairs such as 3.12/0.19.2 (empty: all), and interpreters that are not on the path.
 VERSIONS ?=
 PYTHONS ?=
@@ -61,8 +68,10 @@ DOCS_REQUIREMENTS := requirements/docs.txt
 DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-te setup-smollm2 setup-lm-eval setup-core setup-docs \
-	quickstart smollm2 tiny-study tiny-study-smollm2 test test-all test-core test-versions lint format docs pictures clean
+.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-te setup-smollm2 setup-lm-eval setup-core \
+	setup-megatron-bridge setup-docs \
+	quickstart smollm2 tiny-study tiny-study-smollm2 test test-all test-core test-megatron-bridge \
+	test-versions lint format docs pictures clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -139,6 +148,13 @@ $(CORE_STAMP): $(CORE_REQUIREMENTS) | $(STAMP)
 		--no-deps --require-hashes -r $(CORE_REQUIREMENTS)
 	@touch $@
 
+setup-megatron-bridge: $(BRIDGE_STAMP)  ## Fetch Megatron-Bridge, for test-megatron-bridge (2 MB).
+
+$(BRIDGE_STAMP): $(BRIDGE_REQUIREMENTS) | $(STAMP)
+	@rm -rf $(BRIDGE)
+	$(PIP) install --quiet --no-deps --require-hashes --no-compile --target $(BRIDGE) -r $(BRIDGE_REQUIREMENTS)
+	@touch $@
+
 setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
 
 $(DOCS_STAMP): $(DOCS_REQUIREMENTS)
@@ -168,6 +184,9 @@ test-all: setup setup-test-data setup-te  ## Run every test that needs no GPU.
 test-core: setup setup-core  ## Run some tests on the newest Megatron-Core instead of the pinned one, as CI does.
 	PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -c 'from importlib.metadata import version as v; print("megatron-core", v("megatron-core"))'
 	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
+
+test-megatron-bridge: setup setup-megatron-bridge  ## Run the tests of models that Megatron-Bridge names.
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q $(BRIDGE_TESTS)
 
 test-versions: setup  ## Build environments of all supported Pythons and cores, and test them (hours; VERSIONS=, PYTHONS=).
 	@$(BIN)/python tools/versions.py $(VERSIONS) $(addprefix --python ,$(PYTHONS))

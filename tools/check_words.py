@@ -27,7 +27,8 @@ LEFT_OUT = (
 
 OLD_WORDS = {
     r"push(es|ed|ing)?|update_weights(?!_from)|weights\.(transport|verify|quantize|deadline_s)": "refit",
-    r"(?<!Megatron-)bridges?": "refitter",
+    # Not the package Megatron-Bridge, nor the value of model.family: family=bridge, family: bridge, "bridge".
+    r"(?<![-.=`\"/])(?<!family: )(?<!auto, )bridges?": "refitter",
     r"(?-i:(?<!transformer[_-])engines?)": "server",  # "Engine" is Transformer Engine
     r"pack_rows|row_length|row_multiple": "microbatch, token_multiple",
     r"is_mid_batch\(|updates_left|scored_version|rescore\w*|unscored|ScoreConfig|score\.policy": "log-probs",

@@ -16,7 +16,8 @@ from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
-from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import architecture_of
 from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout, check_replay
 from megatron_dypo.models.quantized.names import NO_REFIT, is_mxfp4
@@ -60,11 +61,13 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         return None
     arch = None
     with found.noting():
-        arch = load_architecture(config.model.hf_path)
+        arch = architecture_of(config.model)
     if arch is None:
         return None
     if asks_servers(config) and is_mxfp4(read_json_object(Path(config.model.hf_path) / "config.json")):
         found.problems.append(f"model.hf_path={config.model.hf_path!r}: servers would serve it {NO_REFIT}")
+    if arch.is_bridged:
+        _check_provider(config, arch, found)
     with found.noting():
         check_layout(arch, config.parallel)
         check_replay(arch, config.objective.replay)
@@ -75,6 +78,19 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
             "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
         )
     return arch
+
+
+def _check_provider(config: Config, arch: Architecture, found: Findings) -> None:
+    """Check that Megatron-Bridge is there, and takes the model."""
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as ranks have it, for which this process may go on
+    from megatron_dypo.mcore.bridged.package import NOT_INSTALLED, is_installed
+    from megatron_dypo.mcore.bridged.provider import read_provider
+
+    if not is_installed():
+        found.missing.append(NOT_INSTALLED)
+        return
+    with found.noting():
+        read_provider(config.model.hf_path, arch)
 
 
 def check_weights(config: Config, found: Findings) -> None:

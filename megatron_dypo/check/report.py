@@ -20,7 +20,8 @@ class ModelFacts:
     """The policy and its tokenizer."""
 
     family: str
-    num_parameters: int
+    num_parameters: int | None
+    """None: unknown, as the model has no name table and its weights are not here."""
     vocab_size: int
     """Rows of the embedding."""
     tokenizer_ids: int | None
@@ -136,9 +137,9 @@ def _model(report: Report) -> list[str]:
     model, trip = report.model, report.round_trip
     if model is None:
         return []
+    size = "an unknown number of" if model.num_parameters is None else f"{model.num_parameters:,}"
     lines = [
-        f"{model.family}, {model.num_parameters:,} parameters, {model.max_position_embeddings} positions, "
-        f"vocab_size {model.vocab_size}"
+        f"{model.family}, {size} parameters, {model.max_position_embeddings} positions, vocab_size {model.vocab_size}"
     ]
     if model.tokenizer_ids is not None:
         lines.append(f"the tokenizer has ids up to {model.tokenizer_ids - 1}")

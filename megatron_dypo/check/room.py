@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_dypo.check.model_size import num_parameters
 from megatron_dypo.config.tree import Config
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.planning.parameters import whole_model
 
 _GIB = 2**30
 _MOMENTS = 8
@@ -38,9 +38,10 @@ def check_run_folder(config: Config, arch: Architecture | None, found: Findings)
         found.notes.append(
             f"run.resume=false: {folder / 'checkpoints'} has checkpoints: choose another run.dir or resume"
         )
-    if arch is None:
+    count = num_parameters(config.model, arch) if arch is not None else None
+    if count is None:
         return
-    needed, words = room_needed(config, arch)
+    needed, words = room_needed(config, count)
     if needed > free:
         found.notes.append(
             f"{key}: {free / _GIB:,.1f} GiB are free on its disk, and the run needs about {needed / _GIB:,.1f} GiB: "
@@ -48,13 +49,12 @@ def check_run_folder(config: Config, arch: Architecture | None, found: Findings)
         )
 
 
-def room_needed(config: Config, arch: Architecture) -> tuple[float, str]:
-    """Return the most bytes that checkpoints and HF export of a run take, and a description of them.
+def room_needed(config: Config, count: int) -> tuple[float, str]:
+    """Return the most bytes that checkpoints and HF export of a run of ``count`` parameters take, and a description.
 
     A checkpoint holds each parameter, Adam's moments and, in bf16, the main weight. While one is written, there is one
     more than ``checkpoint.keep``, ``keep_every`` and ``keep_best`` keep.
     """
-    count = whole_model(arch).total
     size = config.model.element_size
     each = count * (size + _MOMENTS + (_MAIN if size < _MAIN else 0))
     if config.objective.reference.mode == "refreshed":

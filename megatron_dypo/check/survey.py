@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_dypo.check.inputs import check_model, check_rest, check_weights, load_tokenizer_of
 from megatron_dypo.check.lengths import Longest
+from megatron_dypo.check.model_size import num_parameters
 from megatron_dypo.check.overlap import find_overlap
 from megatron_dypo.check.prompt_files import check_dataset, longest_used
 from megatron_dypo.check.report import ModelFacts, Report, SetFacts
@@ -28,7 +29,6 @@ from megatron_dypo.loop.setup.open_data import check_against_verifier
 from megatron_dypo.loop.setup.teachers import judge_teachers
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.planning.parameters import whole_model
 
 TRACES_PER_TEACHER = 200
 """Traces of each teacher that are judged without ``--all``. The interval is then at most ±7 points."""
@@ -44,7 +44,7 @@ def survey(config: Config, *, judge_all: bool = False, show_progress: bool = Tru
     arch = check_model(config, found)
     check_weights(config, found)
     tokenizer = load_tokenizer_of(config, arch, found)
-    report.model = _facts(arch, tokenizer)
+    report.model = _facts(config, arch, tokenizer)
     can_verify = False
     with found.noting():
         check_importable(
@@ -81,12 +81,12 @@ class _Data:
         return Longest(prompt=prompt, trace=trace, held_out=max(held_out, default=0) if is_whole else None)
 
 
-def _facts(arch: Architecture | None, tokenizer: Tokenizer | None) -> ModelFacts | None:
+def _facts(config: Config, arch: Architecture | None, tokenizer: Tokenizer | None) -> ModelFacts | None:
     if arch is None:
         return None
     return ModelFacts(
         family=arch.family,
-        num_parameters=whole_model(arch).total,
+        num_parameters=num_parameters(config.model, arch),
         vocab_size=arch.vocab_size,
         tokenizer_ids=None if tokenizer is None else tokenizer.vocab_size,
         max_position_embeddings=arch.max_position_embeddings,

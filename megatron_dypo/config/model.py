@@ -18,6 +18,10 @@ class ModelConfig:
 
     hf_path: str = ""
     """HF model folder with ``config.json``, safetensors and tokenizer files."""
+    family: Literal["auto", "bridge"] = "auto"
+    """Where the names and sizes of the model come from. ``auto``: from this package's tables, by ``model_type``.
+    ``bridge``: for a dense model that has no table, from the package ``megatron-bridge``, with ``refit.transport``
+    ``broadcast`` or ``disk`` (docs/hf_models.md)."""
     mcore_path: str | None = None
     """Folder with initial weights in Megatron's dist_checkpointing format. ``hf_path`` then gives only architecture and
     tokenizer. ``null``: take the weights of ``hf_path``."""

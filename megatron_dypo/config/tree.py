@@ -65,6 +65,7 @@ class Config:
             require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
         self._require_objective()
         self._require_refit()
+        self._require_family()
         require(
             self.optimizer.distributed or not self.model.fp8.param_gather,
             "model.fp8.param_gather=true",
@@ -119,6 +120,22 @@ class Config:
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require_refittable(self.rollout.servers.extra_args, self.refit.transport)
+
+    def _require_family(self) -> None:
+        """Require what a model without a name table can do."""
+        if self.model.family == "auto":
+            return
+        for name, value, allowed in (
+            ("refit.transport", self.refit.transport, ("auto", "broadcast", "disk")),
+            ("refit.quantize", self.refit.quantize, ("none",)),
+            ("model.fp8.recipe", self.model.fp8.recipe, ("none",)),
+            ("objective.replay", self.objective.replay, ("off",)),
+            ("probe.every", self.probe.every, (0,)),
+            ("run.smoke", self.run.smoke, (False,)),
+        ):
+            shown = str(value).lower() if isinstance(value, bool) else value
+            rule = f"must be {' or '.join(str(item).lower() for item in allowed)} with model.family=bridge"
+            require(value in allowed, f"{name}={shown}", f"{rule}, as the model has no name table")
 
     @property
     def servers(self) -> ServersConfig:

@@ -12,6 +12,7 @@ from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, STATE, find_latest, folder_of, step_of
 from megatron_dypo.metrics.probe_files import FOLDER
+from megatron_dypo.models.bridged import require_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class ProbeTarget:
         """Return the run's config for a probe, whose own run folder is ``RUN/probe/step_N``.
 
         Raises:
-            ValueError: the config breaks a rule, or an override sets ``run.dir``.
+            ValueError: the config breaks a rule, an override sets ``run.dir``, or the model has no name table.
         """
         taken = [override for override in overrides if override.partition("=")[0].strip() == "run.dir"]
         require(not taken, f"{taken}", "a probe writes to the folder of its run")
@@ -34,7 +35,9 @@ class ProbeTarget:
         folder = folder_of(self.run_dir / FOLDER, step)
         # An evaluation would need its data too, and a probe waits for all of its rollouts.
         own = ["eval.sets={}", "rollout.mode=sync", f"run.dir={json.dumps(str(folder))}"]
-        return load_config(self.run_dir / "config.yaml", [*overrides, *own])
+        config = load_config(self.run_dir / "config.yaml", [*overrides, *own])
+        require_table(config.model, "megatron-dypo probe")
+        return config
 
 
 def probe_target(path: Path, *, initial: bool = False) -> ProbeTarget:

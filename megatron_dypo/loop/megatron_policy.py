@@ -16,6 +16,7 @@ from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.journal.weights import weights_digest
 from megatron_dypo.loop.policy import UpdateReport
+from megatron_dypo.mcore.bridged.weights import BridgedWeights
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.checkpoints.folder import folder_of
 from megatron_dypo.mcore.checkpoints.saving import Saver
@@ -34,6 +35,7 @@ from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.models.export import export_hf
 from megatron_dypo.models.flops import model_cost, sequence_cost
 from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
@@ -150,7 +152,7 @@ class MegatronPolicy:
             sums=add_over_ranks(sums, layout),
             metrics=metrics,
             flops=sum(costs),
-            model_flops=sum(map(model_cost(self.arch).of, samples)),
+            model_flops=0.0 if self.arch.is_bridged else sum(map(model_cost(self.arch).of, samples)),
             samples=samples,
             bins=bins,
             busy_s=[seconds for seconds, _ in paces],
@@ -238,7 +240,12 @@ class MegatronPolicy:
             out_dir=out_dir,
             reference_hf_path=self.config.model.hf_path,
             stop_ids=stop_ids,
+            whole=self.whole_weights(),
         )
+
+    def whole_weights(self) -> WholeWeights | None:
+        """Return the whole weights of a model without a name table; None if it has one. Collective over the world."""
+        return BridgedWeights(self.config.model.hf_path, self.chunks, self.layout) if self.arch.is_bridged else None
 
     def _of_leader(self, samples: Sequence[Sample]) -> list[Sample]:
         """Send the tokens of the leader's samples to the other ranks of its replica; return them."""

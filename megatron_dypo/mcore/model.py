@@ -29,19 +29,23 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
+from megatron_dypo.mcore.bridged.build import build_bridged_chunk
+from megatron_dypo.mcore.bridged.provider import read_provider, set_fields
+from megatron_dypo.mcore.bridged.weights import BridgedWeights
 from megatron_dypo.mcore.checkpoints.weights import load_weights
 from megatron_dypo.mcore.compat.expert_biases import copy_expert_outputs
 from megatron_dypo.mcore.compat.rotated_scale import scale_rotated
 from megatron_dypo.mcore.features import Features, probe, require_fp8
 from megatron_dypo.mcore.layer_specs import chunk_spec
+from megatron_dypo.mcore.layout_fields import layout_fields
 from megatron_dypo.mcore.moe_router import keep_bias_in_fp32, mark_experts, moe_settings
 from megatron_dypo.mcore.options.denied import MODEL
-from megatron_dypo.mcore.options.named import data_parallel_config, dispatcher, named, recompute
-from megatron_dypo.mcore.options.reading import Mapped, make
+from megatron_dypo.mcore.options.named import data_parallel_config, named
+from megatron_dypo.mcore.options.reading import Mapped, make, read_options, refusals
 from megatron_dypo.mcore.param_gather import finish_one, keep_whole
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies, rotated_scale
-from megatron_dypo.mcore.sizes import sizes
+from megatron_dypo.mcore.sizes import NO_INITIAL_VALUES, sizes
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
@@ -110,37 +114,21 @@ def transformer_config(
         ValueError: ``model.megatron`` names a field that is denied, unknown or of another type, or Megatron refuses the
             values.
     """
-    dtype = getattr(torch, model.dtype)  # the config's names are torch's
-    interleaved = parallel.virtual_pipeline is not None
+    mapped = Mapped("model.megatron", model.megatron, MODEL)
+    if arch.is_bridged:
+        provider = read_provider(model.hf_path, arch)
+        given = read_options(TransformerConfig, mapped)
+        own = {**layout_fields(arch, model, parallel, features), **NO_INITIAL_VALUES}
+        set_fields(provider, own, given)
+        with refusals(mapped, named(model, parallel)):
+            provider.finalize()
+        return provider
     config = make(
         MLATransformerConfig if arch.latent else TransformerConfig,
-        Mapped("model.megatron", model.megatron, MODEL),
+        mapped,
         named(model, parallel),
         **sizes(arch),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        **_cut(parallel),
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        calculate_per_token_loss=True,
-        variable_seq_lengths=parallel.pipeline > 1,
-        **dispatcher(parallel),
-        # Interleaving with batched p2p gives wrong gradients without an error; 1F1B knows no overlap.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        bias_activation_fusion=device.on_gpu(),
-        bias_dropout_fusion=device.on_gpu() and not arch.linear_bias,  # grouped experts with biases refuse it
-        masked_softmax_fusion=False,
-        # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type; that of
-        # other heads knows no factor.
-        apply_rope_fusion=features.transformer_engine and arch.latent is None and rotated_scale(arch) == 1,
-        gradient_accumulation_fusion=features.grad_accumulation_fusion,
-        attention_softmax_in_fp32=True,
-        **recompute(model),
+        **layout_fields(arch, model, parallel, features),
         **_experts(arch, model, parallel, features),
         **fp8.layer_settings(model.fp8),
     )
@@ -156,7 +144,9 @@ def load_initial_weights(
     Raises:
         ValueError: a tensor is missing, unknown or of the wrong shape.
     """
-    if model.mcore_path is not None:
+    if arch.is_bridged and model.mcore_path is None:
+        BridgedWeights(model.hf_path, chunks, layout).load()
+    elif model.mcore_path is not None:
         load_weights(model.mcore_path, chunks)
         fp8.adopt_initial_values(chunks)
     else:
@@ -175,20 +165,35 @@ def _build_chunk(
     arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: MeshRank, stage: int
 ) -> PolicyModel:
     memory_mb = model.logprob_memory_mib
+    logprob_memory = None if memory_mb is None else round(memory_mb * 2**20)
+    pre_process = layout.is_first_stage and stage == 0
+    post_process = layout.is_last_stage and stage == layout.virtual_pipeline - 1
+    vp_stage = stage if layout.virtual_pipeline > 1 else None
+    if arch.is_bridged:
+        bridged: PolicyModel = build_bridged_chunk(
+            config,
+            has_te=features.transformer_engine,
+            num_tokens=arch.vocab_size,
+            logprob_memory=logprob_memory,
+            pre_process=pre_process,
+            post_process=post_process,
+            stage=vp_stage,
+        ).to(device.device())
+        return bridged
     chunk: PolicyModel = PolicyModel(
         config,
         chunk_spec(arch, features, layout.mesh.chunks(arch.num_layers)[layout.pp_rank][stage]),
         vocab_size=arch.padded_vocab_size(layout.tensor),
         num_tokens=arch.vocab_size,
-        logprob_memory=None if memory_mb is None else round(memory_mb * 2**20),
+        logprob_memory=logprob_memory,
         max_sequence_length=arch.max_position_embeddings,
-        pre_process=layout.is_first_stage and stage == 0,
-        post_process=layout.is_last_stage and stage == layout.virtual_pipeline - 1,
+        pre_process=pre_process,
+        post_process=post_process,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
         parallel_output=True,
-        vp_stage=stage if layout.virtual_pipeline > 1 else None,
+        vp_stage=vp_stage,
     ).to(device.device())
     mark_experts(chunk)
     copy_expert_outputs(chunk)
@@ -196,17 +201,6 @@ def _build_chunk(
     for rotary in [layer.self_attention for layer in chunk.decoder.layers] if arch.latent else [chunk]:
         rotary.rotary_pos_emb.inv_freq = frequencies
     return chunk
-
-
-def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
-    # With two stages, the size of the last follows from that of the first. If both are given, an interleaved schedule
-    # in Megatron divides by the number of stages between them, zero (get_transformer_layer_offset,
-    # transformer/transformer_layer.py:138 of 0.16.1).
-    implied = parallel.pipeline == 2 and parallel.first_stage_layers is not None
-    return {
-        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": None if implied else parallel.last_stage_layers,
-    }
 
 
 def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features) -> dict[str, Any]:

@@ -35,11 +35,7 @@ def sizes(arch: Architecture) -> dict[str, Any]:
         **_windowed(arch),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # Weights are loaded later, so no random values are drawn. perform_initialization=False would leave parameters
-        # without their tensor-parallel marks, and gradient norms would be wrong.
-        "init_method": _leave_as_is,
-        "output_layer_init_method": _leave_as_is,
-        "embedding_init_method": _leave_as_is,
+        **NO_INITIAL_VALUES,
     }
 
 
@@ -75,3 +71,12 @@ def _windowed(arch: Architecture) -> dict[str, Any]:
 
 def _leave_as_is(weight: torch.Tensor) -> None:
     """Do not initialise: keep the uninitialised memory."""
+
+
+NO_INITIAL_VALUES = {
+    "init_method": _leave_as_is,
+    "output_layer_init_method": _leave_as_is,
+    "embedding_init_method": _leave_as_is,
+}
+"""Weights are loaded later, so no random values are drawn. ``perform_initialization=False`` would leave parameters
+without their tensor-parallel marks, and gradient norms would be wrong."""

@@ -77,6 +77,11 @@ class Architecture:
     linear_bias: bool = False
     """Whether every linear layer has a bias: those of attention, the router and the experts."""
 
+    @property
+    def is_bridged(self) -> bool:
+        """Return whether the family has no name table: names come from Megatron-Bridge."""
+        return self.family not in FAMILIES
+
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer, counted from 0, has experts instead of an MLP."""
         return self.experts is not None and layer >= self.experts.num_dense_layers
@@ -190,7 +195,10 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     """
     fields, family = Fields(values=raw, where=where), raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}, which have name tables "
+            "(model.family=bridge trains some others: docs/hf_models.md)"
+        )
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers, defaults = fields.integer("num_hidden_layers"), DEFAULTS[family]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_dypo.fs import durable_file
 from megatron_dypo.metrics.progress import progress
-from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.architecture import FAMILIES, Architecture, load_architecture
 from megatron_dypo.models.families.registry import is_carried_hf_name
 from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME, SafetensorsFiles
 from megatron_dypo.models.hf.json_file import read_json_object
@@ -104,7 +104,8 @@ def keep_carried(folder: Path, carried: Carried) -> None:
 def point_to_carried(folder: Path, hf_path: Path) -> None:
     """Write down, beside the configuration of a run's checkpoint, which HF folder has the carried tensors, if the model
     has any."""
-    if load_architecture(hf_path).num_mtp_layers:
+    has_table = read_json_object(hf_path / "config.json").get("model_type") in FAMILIES
+    if has_table and load_architecture(hf_path).num_mtp_layers:
         _write_json(folder / _POINTER, {"folder": str(hf_path.resolve())})
 
 

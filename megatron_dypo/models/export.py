@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dypo.fs import commit_folder, partial_path, start_folder
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.models.carried import find_carried, write_carried
 from megatron_dypo.models.gather import (
     exhausted,
@@ -36,6 +37,7 @@ def export_hf(
     stop_ids: Sequence[int] = (),
     quantization: Quantization = "none",
     values: Callable[[Tensor], Tensor] = Tensor.detach,
+    whole: WholeWeights | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the policy as the HF folder ``out_dir``, which appears whole, replacing an older one.
@@ -47,6 +49,7 @@ def export_hf(
 
     Args:
         stop_ids: ids at which the policy stops; generation_config.json names them all. The global leader's count.
+        whole: yields the tensors of a model without a name table, in place of ``named_params``; it is not quantised.
         values: returns a parameter, or a dequantised copy of one in FP8.
 
     Raises:
@@ -54,13 +57,16 @@ def export_hf(
     """
     if not layout.is_sender:
         return
-    params = in_table_order(sent_params(named_params, arch, layout), arch)
-    specs = quantized_specs(written_specs(params, arch, layout), quantization)
+    if whole is not None:
+        specs, tensors = whole.specs(), whole.tensors()
+    else:
+        params = in_table_order(sent_params(named_params, arch, layout), arch)
+        specs = quantized_specs(written_specs(params, arch, layout), quantization)
+        tensors = quantized_tensors(iter_hf_tensors(params, arch, layout, values), quantization)
     out_dir = Path(out_dir)
     if layout.is_global_leader:
         start_folder(out_dir)
     dist.barrier(group=layout.senders_group)
-    tensors = quantized_tensors(iter_hf_tensors(params, arch, layout, values), quantization)
     total = sum(spec.num_bytes for spec in specs)
     title = f"export of stage {layout.pp_rank}"
     with exhausted(tensors), progress(total, title, "bytes", enabled=layout.is_global_leader) as bar:

@@ -21,6 +21,11 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
     """
     check_tensor_parallel(arch, parallel.tensor, axis="parallel.tensor")
     parallel.mesh().stage_layers(arch.num_layers)
+    require(
+        not arch.is_bridged or arch.vocab_size % parallel.tensor == 0,
+        f"parallel.tensor={parallel.tensor}",
+        f"does not divide vocab_size={arch.vocab_size}, as it must with model.family=bridge",
+    )
     width = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
     require(
         width * (parallel.tensor - 1) < arch.vocab_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_dypo.config.tree import Config
-from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.bridged import tabled_architecture
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.footprint import fullest
 from megatron_dypo.planning.memory import trainer_footprints
@@ -25,7 +25,7 @@ def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: 
     """
     setting = Setting(
         config=config,
-        arch=load_architecture(config.model.hf_path),
+        arch=tabled_architecture(config.model, "run.check_memory"),
         # Only memory and capability matter here, not speed.
         gpu=dataclasses.replace(find_gpu("h100-80gb"), name="this GPU", memory=memory, capability=capability),
         gpus_per_node=trainer_gpus,

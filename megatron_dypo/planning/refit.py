@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.tree import Config
-from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.bridged import tabled_architecture
 from megatron_dypo.models.layout_rules import check_layout
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh, make_plan
@@ -39,7 +39,7 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
     ep_size = options.ep_size or _ep_size(servers.extra_args)
     server = ServerMesh(tensor=servers.tensor_parallel, expert=ep_size)
     return make_plan(
-        load_architecture(config.model.hf_path),
+        tabled_architecture(config.model, "a refit plan"),
         config.parallel.mesh(options.world_size),
         [server] * servers.num_servers(options.gpus_per_node),
         quantization=options.quantization,
@@ -50,7 +50,7 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
 def refusal_of_training(config: Config) -> str | None:
     """Return why ``train`` would refuse the config's layout; None if it accepts it. Plans support more layouts."""
     try:
-        check_layout(load_architecture(config.model.hf_path), config.parallel)
+        check_layout(tabled_architecture(config.model, "a refit plan"), config.parallel)
     except ValueError as error:
         return str(error)
     return None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.tree import Config
-from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import tabled_architecture
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.constants import FITTED, Constants
@@ -171,7 +172,11 @@ def make_setting(
         ValueError: the model folder has no ``config.json``, or the layout does not suit the model, the GPUs or the FP8
             recipe.
     """
-    arch, parallel, servers = arch or load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
+    arch, parallel, servers = (
+        arch or tabled_architecture(config.model, "megatron-dypo plan"),
+        config.parallel,
+        config.rollout.servers,
+    )
     check_layout(arch, parallel)
     check_fp8_sizes(arch, parallel, config.model.fp8)
     asked = nodes * gpus_per_node if nodes else parallel.num_processes

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_dypo.config.server_flags import PLANNED, problem_of
 from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.bridged import load_bridged
 from megatron_dypo.models.families.registry import family_rows, match
 from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.quantized.names import NO_REFIT, is_mxfp4
@@ -68,7 +69,7 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
         return
     if is_mxfp4(read_json_object(Path(info.model_path) / "config.json")):
         raise ServerError(f"{info.url}: serves {info.model_path} {NO_REFIT}")
-    served = load_architecture(info.model_path)
+    served = load_bridged(info.model_path) if arch.is_bridged else load_architecture(info.model_path)
     for name in Architecture.__dataclass_fields__:
         ours, theirs = getattr(arch, name), getattr(served, name)
         if ours != theirs:
@@ -87,6 +88,9 @@ def check_model(
     Raises:
         RefitError: on all ranks, with the errors of the checks above.
     """
+    if source.arch.is_bridged:  # names and sizes were compared with the HF folder when the weights were opened
+        leader.run(_check_servers, source.arch, transport, deadline)
+        return
     held = lockstep.run(functools.partial(_check_held, source) if source.layout.is_sender else None)
     by_rank = [names for names in lockstep.gather(held) if names]
     leader.run(lambda _: check_names(by_rank, source.arch))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import MeshRank, wait_for_all
 from megatron_dypo.refit.answers import ServerError
@@ -33,7 +34,7 @@ from megatron_dypo.refit.lockstep import Lockstep, RefitError
 from megatron_dypo.refit.model_checks import check_model
 from megatron_dypo.refit.server_memory import ServerMemory
 from megatron_dypo.refit.servers import RefitReport, RefitUnderWay, Servers, Watch, recovered_servers
-from megatron_dypo.refit.source import Source
+from megatron_dypo.refit.source import Source, WholeSource
 from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.connect import connect
 from megatron_dypo.refit.transports.disk import DiskConnection
@@ -61,6 +62,7 @@ class Refitter:
         hf_reference: Path,
         watch: Watch | None = None,
         values: Callable[[Tensor], Tensor] = Tensor.detach,
+        whole: WholeWeights | None = None,
     ) -> None:
         """Collective over the world. It makes no call to a server yet.
 
@@ -70,9 +72,13 @@ class Refitter:
                 under the same path.
             hf_reference: HF folder with the config that the servers serve.
             values: returns a parameter, or a dequantised copy of one in FP8.
+            whole: sends the weights of a model without a name table, in place of ``named_params``.
             watch: knows which servers died. Only the global leader asks it.
         """
-        self._source = Source(layout=layout, arch=arch, named_params=named_params, values=values)
+        if whole is None:
+            self._source = Source(layout=layout, arch=arch, named_params=named_params, values=values)
+        else:
+            self._source = WholeSource(layout=layout, arch=arch, named_params=named_params, weights=whole)
         self._config = config
         self._in_session = config.transport != "disk"
         self._folder, self._hf_reference = run_dir / "refit", hf_reference

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.gather import in_table_order, iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.models.hf.write import TensorSpec
@@ -16,6 +17,7 @@ from megatron_dypo.parallel.groups import MeshRank
 
 Turn = tuple[int, int]
 """One turn of sending: (pipeline stage, expert rank)."""
+_ONLY_TURN = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +85,34 @@ class Source:
     def specs(self) -> list[TensorSpec]:
         """List the tensors that :meth:`tensors` yields here."""
         return written_specs(self.params(), self.arch, self.layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeSource(Source):
+    """The policy of a model without a name table: one turn, in which the global leader sends every tensor.
+
+    All pipeline and tensor-parallel ranks of the first replica take part in it.
+    """
+
+    weights: WholeWeights
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [_ONLY_TURN]
+
+    @property
+    def own_turn(self) -> Turn | None:
+        return _ONLY_TURN if self.layout.is_global_leader else None
+
+    def joins(self, turn: Turn) -> bool:
+        return self.layout.sends_dense
+
+    def params(self, turn: Turn | None = None) -> list[tuple[str, Tensor]]:
+        """Return nothing: a rank's parameters are not named one by one."""
+        return []
+
+    def tensors(self, turn: Turn | None = None) -> Iterator[tuple[str, Tensor]]:
+        return self.weights.tensors()
+
+    def specs(self) -> list[TensorSpec]:
+        return self.weights.specs()

@@ -37,12 +37,13 @@ from megatron_dypo.mcore.options.check import require_options
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
-from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.bridged import architecture_of
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.device import compute_capability, device_name, memory_bytes
 from megatron_dypo.parallel.groups import MeshRank, close
+from megatron_dypo.parallel.position import Position
 from megatron_dypo.planning.announcement import announce_plan
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.processes.watchdog import mark
@@ -202,19 +203,27 @@ def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> 
     stack.callback(close, layout)
     found = features.probe()
     features.require_fp8(config.model.fp8, found)
-    require_options(config, load_architecture(config.model.hf_path), found)
-    memory, capability = memory_bytes(), compute_capability()
-    if config.run.check_memory and memory is not None and capability is not None:
-        check_memory(
-            config,
-            trainer_gpus=layout.world_size,
-            memory=memory,
-            capability=capability,
-            fused=found.transformer_engine,
-        )
+    require_options(config, architecture_of(config.model), found)
+    if config.run.check_memory:
+        _check_memory(config, memory_bytes(), compute_capability(), layout, fused=found.transformer_engine)
     if layout.is_global_leader:
         log.info("%s", found)
     return layout
+
+
+def _check_memory(
+    config: Config, memory: int | None, capability: tuple[int, int] | None, ranks: Position, *, fused: bool
+) -> None:
+    """Refuse a run that cannot fit into its GPUs (``run.check_memory``); a CPU has neither memory nor capability."""
+    if memory is None or capability is None:
+        return
+    if config.model.family == "bridge":
+        if ranks.is_global_leader:
+            log.warning(
+                "run.check_memory=true: nothing is checked with model.family=bridge: memory is planned by a name table"
+            )
+        return
+    check_memory(config, trainer_gpus=ranks.mesh.world_size, memory=memory, capability=capability, fused=fused)
 
 
 def _open_writer(config: Config, objective: Objective, first_step: int, stack: contextlib.ExitStack) -> Writer:

@@ -9,7 +9,7 @@ from megatron_dypo.mcore.optimizer import build_optimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.mcore.routing_replay import install
 from megatron_dypo.metrics.writer import Timings
-from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.bridged import architecture_of
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -19,7 +19,7 @@ def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timi
 
     Collective over the world.
     """
-    arch = load_architecture(config.model.hf_path)
+    arch = architecture_of(config.model)
     chunks = build_model(
         arch,
         config.model,

@@ -110,6 +110,7 @@ def connect(
         hf_reference=Path(config.model.hf_path),
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
         values=values,
+        whole=policy.whole_weights(),
     )
     base.stack.enter_context(contextlib.closing(refitter))
     if pool is not None and config.run.watchdog_s:

@@ -51,6 +51,8 @@ def _patch_streams() -> None:
     class Stream:
         """A stream that does nothing, since work on a CPU is in order."""
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
         def wait_stream(self, other: Any) -> None: ...
 
         def record_event(self, event: Any = None) -> Any:
@@ -64,6 +66,6 @@ def _patch_streams() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_host
-    torch.cuda.Stream = lambda *args, **kwargs: only_stream  # type: ignore[assignment,misc]
+    torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda device=None: only_stream  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_dypo.mcore.compat.private_name import PrivateName
+from megatron_dypo.mcore.zero_centered import ZeroCenteredLayerNorm, ZeroCenteredRMSNorm
 
 SET_MAIN_PARAM = PrivateName(
     package="megatron-core",
@@ -21,6 +22,9 @@ SET_MAIN_PARAM = PrivateName(
     takes=("model_param", "tensors"),
 )
 """Copies a loaded main parameter and its moments into the optimizer."""
+
+_PLAIN = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+_ZERO_CENTERED = (ZeroCenteredLayerNorm, ZeroCenteredRMSNorm)
 
 
 @functools.cache
@@ -38,15 +42,16 @@ def install() -> None:
 
 
 def _patch_torch_norm() -> None:
-    """Allow torch's norms under sequence parallelism by marking their weights for the all-reduce.
+    """Allow torch's norms under sequence parallelism by marking their weights for the all-reduce, and weights that are
+    stored minus one.
 
-    transformer/torch_norm.py:36 refuses them because that mark is missing.
+    transformer/torch_norm.py:36 refuses the first because that mark is missing; :30 refuses the second.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     def new_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
-        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = norm_class(hidden_size, eps=eps)
+        classes = _ZERO_CENTERED if config.layernorm_zero_centered_gamma else _PLAIN
+        norm: torch.nn.Module = classes[config.normalization == "RMSNorm"](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

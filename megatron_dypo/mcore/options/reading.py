@@ -6,11 +6,12 @@ is written by its name (``bfloat16``), a member of an enumeration by its name (`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import importlib.metadata
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -45,12 +46,26 @@ def make(kind: type[T], mapped: Mapped, named: Mapping[str, Any] | None = None, 
             refuses the values together.
     """
     values = read_options(kind, mapped)
-    try:
+    with refusals(mapped, named):
         return kind(**{**own, **values})
+
+
+@contextlib.contextmanager
+def refusals(mapped: Mapped, named: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Run a block in which Megatron checks values together, and name the config's keys if it refuses them.
+
+    Args:
+        named: keys of the config among this package's own values that Megatron may refuse.
+
+    Raises:
+        ValueError: Megatron refuses the values. An error of values that no key sets is raised as it is: a bug here.
+    """
+    try:
+        yield
     except (ValueError, AssertionError, RuntimeError) as error:
-        shown = {**(named or {}), **({mapped.key: dict(mapped.given)} if values else {})}
+        shown = {**(named or {}), **({mapped.key: dict(mapped.given)} if mapped.given else {})}
         if not shown:
-            raise  # a bug of this package
+            raise
         keys = ", ".join(f"{key}={value}" for key, value in shown.items())
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{keys}: {_version()} refuses this: {said}") from error

@@ -57,7 +57,13 @@ _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 
 def table(arch: Architecture) -> tuple[Row, ...]:
-    """Return the rows of an architecture, with ``{layer}`` and ``{expert}`` in their names."""
+    """Return the rows of an architecture, with ``{layer}`` and ``{expert}`` in their names.
+
+    Raises:
+        ValueError: the family has no table (``model.family: bridge``).
+    """
+    if arch.is_bridged:
+        raise ValueError(f"model_type={arch.family!r}: has no name table, which this needs")
     rows = (*FAMILIES[arch.family], llama.OUTPUT, llama.TIED_OUTPUT)
     return tuple(row for row in rows if row.needs is None or row.needs(arch))
 

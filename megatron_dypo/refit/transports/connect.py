@@ -44,20 +44,28 @@ def connect(
     """
     leader = control if source.layout.is_global_leader else None
     one_host = len(set(lockstep.gather(host_id()))) == 1
-    chosen = lockstep.run(functools.partial(_ask_and_choose, leader, config, one_host, deadline) if leader else None)
+    has_table = not source.arch.is_bridged
+    ask = functools.partial(_ask_and_choose, config=config, one_host=one_host, has_table=has_table, deadline=deadline)
+    chosen = lockstep.run(functools.partial(ask, leader) if leader else None)
     kind = next(kind for kind in lockstep.gather(chosen) if kind is not None)
     if kind == "broadcast":
         return BroadcastConnection.open(source, control, lockstep, config.bucket_mib * 2**20, deadline)
     return PlannedConnection.open(source, leader, lockstep, kind, config, deadline)
 
 
-def choose(config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool) -> tuple[Kind, str]:
-    """Return the transport, and the reason for it. ``one_host``: whether all trainer ranks are on this host.
+def choose(
+    config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool, has_table: bool = True
+) -> tuple[Kind, str]:
+    """Return the transport, and the reason for it.
+
+    Args:
+        one_host: whether all trainer ranks are on this host.
+        has_table: whether the model has a name table, from which a refit is planned.
 
     Raises:
         ServerError: the requested transport is not possible; with ``auto``, no transport is.
     """
-    planned = planned_problem(infos)
+    planned = planned_problem(infos) if has_table else "the model has no name table (model.family=bridge)"
     quantizes = config.quantize != "none"
     problems: dict[str, str | None] = {
         "local": planned or _local_problem(infos, one_host),
@@ -88,8 +96,10 @@ def is_here(url: str) -> bool:
     return address_towards([url]) == address
 
 
-def _ask_and_choose(control: SGLangControl, config: RefitConfig, one_host: bool, deadline: Deadline) -> Kind:
-    kind, reason = choose(config, control.describe(deadline), one_host)
+def _ask_and_choose(
+    control: SGLangControl, *, config: RefitConfig, one_host: bool, has_table: bool, deadline: Deadline
+) -> Kind:
+    kind, reason = choose(config, control.describe(deadline), one_host, has_table)
     logger.info("weights go to the servers by transport=%s: %s", kind, reason)
     return kind
 

@@ -30,6 +30,6 @@ def test_room_is_for_the_checkpoints_that_are_kept_one_more_and_the_export(
     sections: dict[str, Any], copies: int, bytes_each: int, exported: int, tmp_path: Path
 ) -> None:
     config = case(tmp_path, **sections)
-    arch = load_architecture(config.model.hf_path)
-    needed, _ = room_needed(config, arch)
-    assert needed == whole_model(arch).total * (copies * bytes_each + exported)
+    count = whole_model(load_architecture(config.model.hf_path)).total
+    needed, _ = room_needed(config, count)
+    assert needed == count * (copies * bytes_each + exported)

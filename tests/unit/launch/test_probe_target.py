@@ -71,3 +71,9 @@ def test_what_cannot_be_measured_is_refused(run: Path) -> None:
             probe_target(path, initial=initial)
     with pytest.raises(ValueError, match="a probe writes to the folder of its run"):
         probe_target(run).config(["run.dir=elsewhere"])
+
+
+def test_a_model_without_a_name_table_is_refused_before_servers_start(run: Path) -> None:
+    message = r"^model\.family=bridge: must be auto for megatron-dypo probe, which needs a name table$"
+    with pytest.raises(ValueError, match=message):
+        probe_target(run).config(["model.family=bridge"])

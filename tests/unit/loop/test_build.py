@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,23 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
     assert uses_servers(probed, build_objective(sft), 0)
     assert uses_servers(config(both), build_objective(both), 0)
     assert not uses_servers(config(both), build_objective(both), 10)
+
+
+def test_a_start_says_that_the_memory_of_a_model_without_a_name_table_is_not_checked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from megatron_dypo.loop.setup.build import _check_memory
+    from megatron_dypo.parallel.mesh import Mesh
+    from megatron_dypo.parallel.position import Position
+
+    bridged = dataclasses.replace(config(ObjectiveConfig()), model=ModelConfig(hf_path="m", family="bridge"))
+    said = "run.check_memory=true: nothing is checked with model.family=bridge"
+    for rank, has_gpu, count in ((0, True, 1), (1, True, 0), (0, False, 0)):
+        caplog.clear()
+        memory, capability = (1, (9, 0)) if has_gpu else (None, None)
+        with caplog.at_level(logging.WARNING):
+            _check_memory(bridged, memory, capability, Position(mesh=Mesh(data=2), rank=rank), fused=True)
+        assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * count
 
 
 def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path: Path) -> None:

@@ -204,6 +204,19 @@ def test_sizes_that_do_not_divide_are_refused(tp, pp, message, models, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_without_a_name_table_is_refused_in_one_line_both_ways(models, tmp_path):
+    shutil.copytree(models["qwen2"], tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "mcore")
+    for folder in (tmp_path / "hf", tmp_path / "mcore" / "hf"):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "model_type": "nemotron"}))
+    for source, work in (("hf", convert), ("mcore", back)):
+        with pytest.raises(ValueError, match=r"config\.json: model_type='nemotron': must be one of llama, ") as caught:
+            work(tmp_path / source, tmp_path / "new")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "new").exists()
+
+
 def test_what_is_there_is_never_overwritten(models, tmp_path):
     (tmp_path / "mcore").mkdir()
     (tmp_path / "mcore" / "precious").write_text("x")

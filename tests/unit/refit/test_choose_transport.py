@@ -77,6 +77,15 @@ def test_a_transport_that_was_asked_for_and_cannot_work_is_an_error_that_says_wh
     assert error.value.urls == ()
 
 
+def test_a_model_without_a_name_table_is_broadcast_although_all_servers_could_take_a_plan():
+    chosen, why = choose(RefitConfig(), [HERE, HERE], True, has_table=False)
+    assert chosen == "broadcast"
+    assert why.startswith("not local: the model has no name table (model.family=bridge); not p2p: the model has no")
+    for requested in ("p2p", "local"):
+        with pytest.raises(ServerError, match=f"refit.transport={requested}: the model has no name table"):
+            choose(RefitConfig(transport=requested), [HERE], True, has_table=False)
+
+
 def test_quantised_weights_are_not_broadcast():
     with pytest.raises(ServerError, match=r"not broadcast: it does not quantise"):
         choose(RefitConfig(quantize="fp8_block"), [STOCK], True)

@@ -1,0 +1,1 @@
+"""Models whose names and sizes come from Megatron-Bridge (``model.family: bridge``)."""
