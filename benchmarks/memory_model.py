@@ -71,6 +71,8 @@ CASES = (
     Case(name="fp32, latent attention, TP2, SP", family="deepseek_v3", experts=8, ffn=256, ranks=2, parallel=SP2),
     Case(name="bf16, shared experts", dtype="bfloat16", family="glm4_moe", experts=8, ffn=256),
     Case(name="fp32, shared experts, TP2, SP", family="glm4_moe", experts=8, ffn=256, ranks=2, parallel=SP2),
+    Case(name="bf16, gpt-oss", dtype="bfloat16", family="gpt_oss", experts=8, ffn=256),
+    Case(name="fp32, gpt-oss, TP2, SP", family="gpt_oss", experts=8, ffn=256, ranks=2, parallel=SP2),
     Case(name="fp32, experts, EP2", family="qwen3_moe", experts=8, ffn=256, ranks=2, parallel={"expert": 2}),
 )
 

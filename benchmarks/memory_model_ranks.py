@@ -172,4 +172,6 @@ def architecture(case: Any) -> Architecture:
         }
     if case.family == "glm4_moe":
         raw |= {"n_routed_experts": case.experts, "attention_bias": True, "use_qk_norm": True}
+    if case.family == "gpt_oss":
+        raw |= {"num_local_experts": case.experts, "sliding_window": 64}
     return architecture_from_hf(raw, where=case.name)

@@ -18,7 +18,9 @@ from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.bridged import architecture_of
+from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout, check_replay
+from megatron_dypo.models.quantized.names import NO_REFIT, is_mxfp4
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -62,6 +64,8 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         arch = architecture_of(config.model)
     if arch is None:
         return None
+    if asks_servers(config) and is_mxfp4(read_json_object(Path(config.model.hf_path) / "config.json")):
+        found.problems.append(f"model.hf_path={config.model.hf_path!r}: servers would serve it {NO_REFIT}")
     if arch.is_bridged:
         _check_provider(config, arch, found)
     with found.noting():

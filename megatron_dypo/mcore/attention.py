@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_dypo.mcore.sink_attention import Sinks, attend_with_sinks
+
 SHORT = 32
 """Sequences up to this length always share a bucket, since a call costs more than the padding."""
 FILL = 0.75
@@ -101,7 +103,14 @@ def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options
     return F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)), **options)[..., : v.shape[-1]]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale: float | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    where: Plan,
+    scale: float | None = None,
+    sinks: Sinks | None = None,
+) -> torch.Tensor:
     """Compute causal attention within each sequence of a packed microbatch. It is exact, gradients included.
 
     Padding is after each sequence, so that under a causal mask no real token sees it. Outputs at padding are dropped.
@@ -110,6 +119,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale
         q: [T, h, d]; k: [T, g, d]; v: [T, g, e], with g dividing h.
         where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
+        sinks: those of the h heads; None: none.
 
     Returns:
         [T, h·e]
@@ -120,9 +130,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale
         q_BhSd, k_BgSd, v_BgSd = (
             x.index_select(0, bucket.gather_N).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
         )
-        out_BhSe = fused_attention(
-            q_BhSd, k_BgSd, v_BgSd, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if sinks is not None:
+            out_BhSe = attend_with_sinks(q_BhSd, k_BgSd, v_BgSd, sinks, scale)
+        else:
+            out_BhSe = fused_attention(
+                q_BhSd, k_BgSd, v_BgSd, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         outputs.append(out_BhSe.transpose(1, 2).flatten(0, 1).flatten(1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded.index_select(0, where.slot_T)

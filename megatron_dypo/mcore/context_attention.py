@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_dypo.batching.zigzag import zigzag_indices, zigzag_positions
 from megatron_dypo.mcore.attention import fused_attention, group_by_length
+from megatron_dypo.mcore.sink_attention import Sinks, attend_to_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +77,16 @@ def _repeat_last(values: np.ndarray, length: int) -> np.ndarray:
     return values[np.minimum(np.arange(length), len(values) - 1)]
 
 
-def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: float | None = None) -> Tensor:
+def attend_gathered(
+    q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: float | None = None, sinks: Sinks | None = None
+) -> Tensor:
     """Compute causal attention of this rank's queries within each sequence of a packed microbatch.
 
     Args:
         q: [T/n, h, d] of this rank; k: [T, g, d] and v: [T, g, e] of all ranks, in rank order, with g dividing h.
         where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
+        sinks: those of the h heads; None: none.
 
     Returns:
         [T/n, h·e]
@@ -95,10 +99,16 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: 
             x.index_select(0, bucket.key_N).unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (k, v)
         )
         # Keys in the padding of a shorter sequence are after all its queries, so the causal mask hides them.
-        sees_B1QK = bucket.position_BQ[:, None, :, None] >= torch.arange(k_BgKd.shape[2], device=q.device)
-        out_BhQe = fused_attention(
-            q_BhQd, k_BgKd, v_BgKd, attn_mask=sees_B1QK, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        position_B1Q1, key_K = bucket.position_BQ[:, None, :, None], torch.arange(k_BgKd.shape[2], device=q.device)
+        sees_B1QK = position_B1Q1 >= key_K
+        if sinks is not None:
+            if sinks.window is not None:
+                sees_B1QK &= position_B1Q1 - key_K < sinks.window
+            out_BhQe = attend_to_all(q_BhQd, k_BgKd, v_BgKd, sinks.logit_h, scale, sees_B1QK)
+        else:
+            out_BhQe = fused_attention(
+                q_BhQd, k_BgKd, v_BgKd, attn_mask=sees_B1QK, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         outputs.append(out_BhQe.transpose(1, 2).flatten(0, 1).flatten(1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded.index_select(0, where.slot_T)
@@ -111,6 +121,7 @@ def attend_over_context(
     cu_seqlens: tuple[int, ...],
     group: dist.ProcessGroup,
     scale: float | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, e] → [T/n, h·e]. Collective over the context-parallel ``group``.
 
@@ -121,4 +132,4 @@ def attend_over_context(
     kv = gather_from_sequence_parallel_region(torch.cat((k, v), dim=-1), group=group)
     where = context_plan(cu_seqlens, group.rank(), group.size(), q.device)
     keys, values = kv.split((k.shape[-1], v.shape[-1]), dim=-1)
-    return attend_gathered(q, keys, values, where, scale)
+    return attend_gathered(q, keys, values, where, scale, sinks)

@@ -42,6 +42,10 @@ def layer_spec(arch: Architecture, features: Features, *, has_experts: bool) -> 
             from megatron_dypo.mcore.compat.latent_attention import LatentAttentionAsGiven
 
             spec.submodules.self_attention.module = LatentAttentionAsGiven
+        if arch.attention_sinks:
+            from megatron_dypo.mcore.core_attention import PackedAttention
+
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
         return _with_our_router(spec, has_experts)
     from megatron_dypo.mcore.core_attention import PackedAttention
 

@@ -37,7 +37,7 @@ def layout_fields(
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "bias_activation_fusion": device.on_gpu(),
-        "bias_dropout_fusion": device.on_gpu(),
+        "bias_dropout_fusion": device.on_gpu() and not arch.linear_bias,  # grouped experts with biases refuse it
         "masked_softmax_fusion": False,
         # The fused rotation of latent attention computes Megatron's own yarn frequencies, in the model's type; that of
         # other heads knows no factor.

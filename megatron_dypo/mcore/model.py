@@ -33,6 +33,7 @@ from megatron_dypo.mcore.bridged.build import build_bridged_chunk
 from megatron_dypo.mcore.bridged.provider import read_provider, set_fields
 from megatron_dypo.mcore.bridged.weights import BridgedWeights
 from megatron_dypo.mcore.checkpoints.weights import load_weights
+from megatron_dypo.mcore.compat.expert_biases import copy_expert_outputs
 from megatron_dypo.mcore.compat.rotated_scale import scale_rotated
 from megatron_dypo.mcore.features import Features, probe, require_fp8
 from megatron_dypo.mcore.layer_specs import chunk_spec
@@ -195,6 +196,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     ).to(device.device())
     mark_experts(chunk)
+    copy_expert_outputs(chunk)
     frequencies = inverse_frequencies(arch).to(device.device())
     for rotary in [layer.self_attention for layer in chunk.decoder.layers] if arch.latent else [chunk]:
         rotary.rotary_pos_emb.inv_freq = frequencies

@@ -93,11 +93,15 @@ def mark_experts(chunk: torch.nn.Module) -> None:
 
     Megatron marks expert parameters only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1).
     Without the mark, each tensor-parallel rank would keep the gradient of only its own tokens, and split experts would
-    be reduced over ranks that hold other parts.
+    be reduced over ranks that hold other parts. It marks the bias of an expert's output as one that tensor-parallel
+    ranks hold in common (:1228): it would add to its gradient those of other ranks' experts, and count it in the
+    gradient's norm on the first rank alone.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:

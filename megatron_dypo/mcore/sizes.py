@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from megatron_dypo.mcore.rope import latent_scale, softmax_scale
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.experts import Experts
 
 
 def sizes(arch: Architecture) -> dict[str, Any]:
@@ -25,10 +27,12 @@ def sizes(arch: Architecture) -> dict[str, Any]:
         "layernorm_epsilon": arch.norm_epsilon,
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "add_bias_linear": False,
+        "add_bias_linear": arch.linear_bias,
         "add_qkv_bias": arch.qkv_bias,
         "qk_layernorm": arch.qk_norm or arch.latent is not None,
         **_latent(arch),
+        **_clamped(arch.experts),
+        **_windowed(arch),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **NO_INITIAL_VALUES,
@@ -48,6 +52,21 @@ def _latent(arch: Architecture) -> dict[str, Any]:
         "rotary_base": arch.rope_theta,
         **latent_scale(arch),
     }
+
+
+def _clamped(experts: Experts | None) -> dict[str, Any]:
+    if experts is None or experts.clamp is None:
+        return {}
+    return {"activation_func": quick_gelu, "glu_linear_offset": 1.0, "activation_func_clamp_value": experts.clamp}
+
+
+def _windowed(arch: Architecture) -> dict[str, Any]:
+    """Return what the core attention of ``core_attention.py`` reads. A window does not count the token itself."""
+    softmax = {"softmax_type": "learnable"} if arch.attention_sinks else {}
+    if arch.windows is None:
+        return softmax
+    windowed = [int(layer in arch.windows.layers) for layer in range(arch.num_layers)]
+    return {**softmax, "window_size": (arch.windows.size - 1, 0), "window_attn_skip_freq": windowed}
 
 
 def _leave_as_is(weight: torch.Tensor) -> None:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.models.experts import Experts, read_experts
-from megatron_dypo.models.hf.defaults import DEFAULTS, FamilyDefaults, head_dim, key_value_heads, refuse_unsupported
+from megatron_dypo.models.hf.defaults import (
+    DEFAULTS,
+    FamilyDefaults,
+    head_dim,
+    key_value_heads,
+    refuse_unsupported,
+    with_positions,
+)
 from megatron_dypo.models.hf.fields import Fields
 from megatron_dypo.models.hf.json_file import read_json_object, shown
 from megatron_dypo.models.hf.rope_scaling import (
@@ -23,8 +30,10 @@ from megatron_dypo.models.hf.rope_scaling import (
     read_rotated_share,
 )
 from megatron_dypo.models.latent_attention import LatentAttention, read_latent_attention
+from megatron_dypo.models.windows import Windows, read_windows
 
 _MISTRAL_WINDOW = 4096
+"""Only Mistral has a window on every layer. Qwen names one that it does not use (``use_sliding_window: false``)."""
 
 FAMILIES = tuple(DEFAULTS)
 """Values of ``model_type`` that have a name table (``megatron_dypo.models.families``)."""
@@ -61,6 +70,12 @@ class Architecture:
     one HF folder to another."""
     sliding_window: int | None = None
     """Number of last tokens that attention sees, the token itself included; None: all."""
+    windows: Windows | None = None
+    """The layers whose attention sees only a window, of which sequences may be longer; None: none."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit that takes a share of every softmax over the scores and has no value."""
+    linear_bias: bool = False
+    """Whether every linear layer has a bias: those of attention, the router and the experts."""
 
     @property
     def is_bridged(self) -> bool:
@@ -186,18 +201,16 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         )
     refuse_unsupported(fields, family)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    num_layers = fields.integer("num_hidden_layers")
-    defaults = DEFAULTS[family]
-    theta, scaling = read_rope(fields, is_partial=defaults.rotated_share is not None)
+    num_layers, defaults = fields.integer("num_hidden_layers"), DEFAULTS[family]
+    theta, scaling = read_rope(with_positions(fields, defaults), is_partial=defaults.rotated_share is not None)
     latent = read_latent_attention(fields, heads, scaling) if family == "deepseek_v3" else None
-    key_values = key_value_heads(fields, heads, defaults)
     channels = latent.query_dim if latent else head_dim(fields, hidden, heads, defaults)
     return Architecture(
         family=family,
         num_layers=num_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=key_values,
+        num_key_value_heads=key_value_heads(fields, heads, defaults),
         head_dim=channels,
         ffn_hidden_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
@@ -206,15 +219,23 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=fields.flag("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2" or (defaults.attention_bias and fields.flag("attention_bias", False)),
+        qkv_bias=_qkv_bias(fields, family, defaults),
         qk_norm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and fields.flag("use_qk_norm", False)),
         experts=read_experts(fields, num_layers),
         latent=latent,
         rotated_share=_rotated_share(fields, channels, defaults),
         num_mtp_layers=_mtp_layers(fields) if family in ("deepseek_v3", "glm4_moe") else 0,
-        # Other families name a window that they do not use (``use_sliding_window: false``).
         sliding_window=fields.optional_integer("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
+        windows=read_windows(fields, num_layers) if family == "gpt_oss" else None,
+        attention_sinks=family == "gpt_oss",
+        linear_bias=family == "gpt_oss",
     )
+
+
+def _qkv_bias(fields: Fields, family: str, defaults: FamilyDefaults) -> bool:
+    if defaults.attention_bias is False:
+        return family == "qwen2"
+    return fields.flag("attention_bias", bool(defaults.attention_bias))
 
 
 def _rotated_share(fields: Fields, channels: int, defaults: FamilyDefaults) -> float:

@@ -29,6 +29,11 @@ class Experts:
     """Intermediate size of the MLP that every token passes besides its experts: that of all shared experts together."""
     biased_sigmoid: BiasedSigmoid | None = None
     """None: the router scores experts by a softmax."""
+    clamp: float | None = None
+    """``swiglu_limit`` of gpt-oss, which bounds gate and value of an expert: (value + 1) · gate · sigmoid(1.702 ·
+    gate). None: value · silu(gate)."""
+    is_stacked: bool = False
+    """Whether an HF folder has one tensor for all experts of a layer (``models/stacked_experts.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,8 @@ class _SigmoidDefaults:
     scale: float
 
 
+_ALPHA = 1.702
+"""Gain in the sigmoid of a clamped gate. Megatron's ``quick_gelu`` has no other."""
 _SIGMOID = {
     "deepseek_v3": _SigmoidDefaults(num_dense_layers=3, num_groups=8, top_groups=4, scale=2.5),
     "glm4_moe": _SigmoidDefaults(num_dense_layers=1, num_groups=1, top_groups=1, scale=1.0),
@@ -76,15 +83,22 @@ def read_experts(fields: Fields, num_layers: int) -> Experts | None:
     family = fields.get("model_type")
     if family == "qwen3_moe":
         return _softmax_experts(fields)
+    if family == "gpt_oss":
+        return _clamped_experts(fields)
     return _sigmoid_experts(fields, num_layers, _SIGMOID[family]) if family in _SIGMOID else None
 
 
-def _softmax_experts(fields: Fields) -> Experts:
-    # transformers 5 writes the number of experts under either name.
+def _num_experts(fields: Fields) -> tuple[str, int]:
+    """Return the field that gives the number of experts, and the number. transformers 5 writes it under either name."""
     name = "num_experts" if "num_experts" in fields else "num_local_experts"
-    num_experts, per_token = fields.integer(name), fields.integer("num_experts_per_tok")
-    if "num_experts" in fields and "num_local_experts" in fields and fields.integer("num_local_experts") != num_experts:
+    num_experts = fields.integer(name)
+    if name == "num_experts" and "num_local_experts" in fields and fields.integer("num_local_experts") != num_experts:
         fields.refuse("num_local_experts", f"must be the same as num_experts={num_experts}")
+    return name, num_experts
+
+
+def _softmax_experts(fields: Fields) -> Experts:
+    (name, num_experts), per_token = _num_experts(fields), fields.integer("num_experts_per_tok")
     if per_token > num_experts:
         fields.refuse("num_experts_per_tok", f"must not exceed {name}={num_experts}")
     if fields.integer("decoder_sparse_step", 1) != 1:
@@ -103,6 +117,28 @@ def _softmax_experts(fields: Fields) -> Experts:
         ffn_hidden_size=fields.integer("moe_intermediate_size"),
         normalized=normalized,
         moe_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001, least=0),
+    )
+
+
+def _clamped_experts(fields: Fields) -> Experts:
+    """Return the experts of gpt-oss.
+
+    ``router_aux_loss_coef`` is not read: transformers applies it only under ``output_router_logits``.
+    """
+    (name, num_experts), per_token = _num_experts(fields), fields.integer("num_experts_per_tok")
+    if not 2 <= per_token <= num_experts:
+        fields.refuse("num_experts_per_tok", f"must be from 2 to {name}={num_experts}: a single weight is always 1")
+    for alpha in ("swiglu_alpha", "hidden_act_alpha"):  # transformers' name, SGLang's name
+        if fields.get(alpha) not in (None, _ALPHA):
+            fields.refuse(alpha, f"only {_ALPHA} is supported")
+    return Experts(
+        num_experts=num_experts,
+        per_token=per_token,
+        ffn_hidden_size=fields.integer("intermediate_size"),
+        normalized=True,
+        moe_aux_loss_coef=0.0,
+        clamp=fields.number("swiglu_limit", 7.0, above=0),
+        is_stacked=True,
     )
 
 

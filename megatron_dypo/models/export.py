@@ -13,8 +13,14 @@ from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.models.carried import find_carried, write_carried
-from megatron_dypo.models.families.registry import family_rows, match
-from megatron_dypo.models.gather import exhausted, iter_hf_tensors, part_name, sent_params, written_specs
+from megatron_dypo.models.gather import (
+    exhausted,
+    in_table_order,
+    iter_hf_tensors,
+    part_name,
+    sent_params,
+    written_specs,
+)
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, finish_hf_folder, write_parts
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
@@ -54,7 +60,7 @@ def export_hf(
     if whole is not None:
         specs, tensors = whole.specs(), whole.tensors()
     else:
-        params = _in_table_order(sent_params(named_params, arch, layout), arch)
+        params = in_table_order(sent_params(named_params, arch, layout), arch)
         specs = quantized_specs(written_specs(params, arch, layout), quantization)
         tensors = quantized_tensors(iter_hf_tensors(params, arch, layout, values), quantization)
     out_dir = Path(out_dir)
@@ -73,9 +79,3 @@ def export_hf(
         finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config, stop_ids)
         commit_folder(partial_path(out_dir), out_dir)
     dist.barrier(group=layout.senders_group)
-
-
-def _in_table_order(params: list[tuple[str, Tensor]], arch: Architecture) -> list[tuple[str, Tensor]]:
-    """Sort parameters as the family's table lists them, so that files are cut as the converters cut them."""
-    place = {row.mcore: number for number, row in enumerate(family_rows(arch))}
-    return sorted(params, key=lambda named: place[match(named[0], arch).mcore])

@@ -7,6 +7,7 @@ key-value heads of d channels, and a gated feed-forward layer of F channels::
 
     linear layers   2 · (H·d·(2h + 2g) + 3·H·F) · L        a multiplication and an addition for each parameter
     causal scores   2 · h·d · L²                           QKᵀ and PV, 2·h·d·L² each, half of it masked
+    in a window     2 · h·d · (2·W·L − W²)                 of W last tokens, for L ≥ W
 
 (multi-head latent attention: the parameters of its own projections, and the mean of a key's and a value's channels),
 
@@ -26,14 +27,22 @@ from megatron_dypo.types import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceCost:
-    """FLOPs of a sequence: linear·L + quadratic·L² + response·R, over the ranks of a replica together."""
+    """FLOPs of a sequence: linear·L + quadratic·L² + windowed·(2·w·L − w²) + response·R, over the ranks of a replica
+    together; w is the smaller of L and ``window``."""
 
     linear: float
     quadratic: float
     response: float
+    windowed: float = 0.0
+    window: int = 0
 
     def __call__(self, num_tokens: int, num_response_tokens: int) -> float:
-        return self.linear * num_tokens + self.quadratic * num_tokens**2 + self.response * num_response_tokens
+        return self.linear * num_tokens + self.scores(num_tokens) + self.response * num_response_tokens
+
+    def scores(self, num_tokens: float) -> float:
+        """Return the FLOPs of attention's scores alone."""
+        seen = min(num_tokens, self.window)
+        return self.quadratic * num_tokens**2 + self.windowed * (2 * seen * num_tokens - seen**2)
 
     def of(self, sample: Sample) -> float:
         return self(len(sample.tokens), sample.num_response_tokens)
@@ -61,10 +70,14 @@ def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:
             (arch.num_layers - arch.num_dense_layers) * arch.hidden_size * (chosen + arch.experts.num_experts)
         )
     linear = arch.num_layers * _projections(arch) + feed_forward
+    num_windowed = len(arch.windows.layers) if arch.windows else 0
+    scores = 2.0 * width * (passes + (recompute in ("full", "selective")))
     return SequenceCost(
         linear=2.0 * linear * (passes + (recompute == "full")),
-        quadratic=2.0 * arch.num_layers * width * (passes + (recompute in ("full", "selective"))),
+        quadratic=scores * (arch.num_layers - num_windowed),
         response=2.0 * arch.hidden_size * arch.vocab_size * (passes + 1),
+        windowed=scores * num_windowed,
+        window=arch.windows.size if arch.windows else 0,
     )
 
 

@@ -63,20 +63,11 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
 
     Raises:
         ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``;
-            or the model has multi-head latent attention or shared experts.
+            or the model has multi-head latent attention, attention sinks or shared experts.
     """
     if not fp8.is_on:
         return
-    require(
-        arch.latent is None,
-        f"model.fp8.recipe={fp8.recipe}",
-        f"must be none for a {arch.family} model: FP8 was not checked with multi-head latent attention",
-    )
-    require(
-        not (arch.experts and arch.experts.shared_width),
-        f"model.fp8.recipe={fp8.recipe}",
-        f"must be none for a {arch.family} model: FP8 was not checked with shared experts",
-    )
+    _refuse_unchecked(arch, fp8)
     granule, tensor = fp8.token_multiple, parallel.tensor
     width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     sizes = {
@@ -100,6 +91,20 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
         )
 
 
+def _refuse_unchecked(arch: Architecture, fp8: Fp8Config) -> None:
+    unchecked = {
+        "multi-head latent attention": arch.latent is not None,
+        "attention sinks and biases of experts": arch.attention_sinks,
+        "shared experts": arch.experts is not None and arch.experts.shared_width > 0,
+    }
+    for part, is_there in unchecked.items():
+        require(
+            not is_there,
+            f"model.fp8.recipe={fp8.recipe}",
+            f"must be none for a {arch.family} model: FP8 was not checked with {part}",
+        )
+
+
 def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     if arch.experts is None:
         for axis, size in (("parallel.expert", parallel.expert), ("parallel.expert_tensor", parallel.expert_tensor)):
@@ -107,6 +112,11 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
         return
     width = arch.experts.ffn_hidden_size
     require_divides("parallel.expert", parallel.expert, "num_experts", arch.experts.num_experts)
+    require(
+        parallel.expert_tensor == 1 or not arch.linear_bias,
+        f"parallel.expert_tensor={parallel.expert_tensor}",
+        f"must be 1 for a {arch.family} model: Megatron adds the biases of experts on each rank that splits them",
+    )
     require_divides("parallel.expert_tensor", parallel.expert_tensor, "moe_intermediate_size", width)
     require(
         parallel.tensor == 1 or parallel.sequence,

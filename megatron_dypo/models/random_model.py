@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
 from megatron_dypo.models.families.registry import family_rows, match
 from megatron_dypo.models.families.table import Row
+from megatron_dypo.models.stacked_experts import stored_tensors
 from megatron_dypo.parallel.position import Position
 
 
@@ -35,7 +36,8 @@ def write_random_model(folder: Path, hf_config: Mapping[str, Any], seed: int) ->
         ValueError: a config that :func:`megatron_dypo.models.architecture.architecture_from_hf` refuses.
     """
     path = folder / "config.json"
-    weights = random_weights(architecture_from_hf(hf_config, where=str(path)), seed)
+    arch = architecture_from_hf(hf_config, where=str(path))
+    weights = dict(stored_tensors(random_weights(arch, seed).items(), arch))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokens = {name: value for name, value in hf_config.items() if name.endswith("_token_id")}
@@ -67,7 +69,7 @@ def fill_random(
 
 
 def _is_bias(hf_name: str) -> bool:
-    return hf_name.rpartition(".")[2] in ("bias", "e_score_correction_bias")
+    return hf_name.rpartition(".")[2] in ("bias", "e_score_correction_bias", "sinks")
 
 
 def _deviation(row: Row, arch: Architecture) -> float:
@@ -77,11 +79,11 @@ def _deviation(row: Row, arch: Architecture) -> float:
 
 
 def random_weights(arch: Architecture, seed: int) -> dict[str, torch.Tensor]:
-    """Return random weights: HF name → fp32 tensor.
+    """Return random weights: HF name of the name table → fp32 tensor.
 
     Matrices are normal with standard deviation 1/√fan-in. The embedding has standard deviation 1, or 1/√hidden if it is
-    also the output layer. Norms are one and biases zero. Small models learn much faster from this than from the usual
-    0.02.
+    also the output layer. Norms are one, biases and sinks zero. Small models learn much faster from this than from the
+    usual 0.02.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -26,6 +26,8 @@ class MeshRank(Position):
     """Data × context parallel ranks: those that hold the same parameters."""
     etp_group: dist.ProcessGroup | None = None
     """Ranks that split an expert; None if experts are whole."""
+    ep_group: dist.ProcessGroup | None = None
+    """Ranks that share out the experts; None if each rank has all."""
     replica_group: dist.ProcessGroup
     """CPU (gloo) group of this replica's ranks; the first is its leader."""
     leaders_group: dist.ProcessGroup | None
@@ -98,6 +100,7 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         etp_group=parallel_state.get_expert_tensor_parallel_group() if mesh.expert_tensor > 1 else None,
+        ep_group=parallel_state.get_expert_model_parallel_group() if mesh.expert > 1 else None,
         replica_group=replica_groups[at.dp_rank],
         leaders_group=leaders_group if at.is_replica_leader else None,
         senders_group=senders_group if at.is_sender else None,

@@ -8,7 +8,8 @@ unfused layers are measured too (``benchmarks/memory_model.py``).
 
 Symbols: H hidden size, h query heads, g key-value heads, d channels of a head, F channels of the feed-forward layer, e
 bytes of an element. Multi-head latent attention keeps latent vectors beside norms and residuals, and a query, a key and
-a value of every head.
+a value of every head. Attention with sinks is that of this package in both implementations
+(``planning/sink_activations.py``).
 
 With FP8 (fused only) a linear layer keeps a quantised copy of its input: ``planning/fp8.py``.
 """
@@ -21,6 +22,7 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.latent_attention import LatentAttention
 from megatron_dypo.planning.fp8 import Quantized
+from megatron_dypo.planning.sink_activations import sink_bytes
 
 FP32 = 4
 
@@ -102,7 +104,7 @@ def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None
         whole=0.0,
         split=heads + ffn,
         # Flash attention keeps only its output (the next projection's input) and one number a head.
-        attention=0.0,
+        attention=sink_bytes(arch, e, grouped=False) if arch.attention_sinks else 0.0,
         input=e * H,
         backward=_widest(arch) * (e if fp8 is None else max(e, _fp8_backward(fp8, e))),
     )
@@ -124,8 +126,10 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
         head_norms = 2 * FP32 * (h + g) * d if is_narrow else FP32 * (qkv + h * d + (h + g) * d)
     # Kept by attention: padded copies of q, k and v, the output and its log-sum-exp. Kept for recomputation instead:
     # rotated q and k, and the projection's output.
-    core = e * (qkv + h * d) + FP32 * h
+    core: float = e * (qkv + h * d) + FP32 * h
     core_inputs = e * (h + g) * d + (0 if arch.qk_norm and not is_narrow else e * qkv)
+    if arch.attention_sinks:
+        core = sink_bytes(arch, e, grouped=True)
     latents, ffn = 0.0, 5 * _dense_width(arch)
     if arch.latent is not None:
         # Values and outputs have a query's channels, some of them zeros (``mcore/attention.py``).
@@ -145,7 +149,9 @@ def _experts(experts: Experts | None, H: int, e: int, split: int) -> float:
     """Return the bytes for each token of its experts' inputs, channels and outputs, under perfect balance."""
     if experts is None:
         return 0.0
-    return _router(experts) + e * experts.per_token * (2 * split * H + 6 * experts.ffn_hidden_size)
+    # The bounded gate and its sigmoid are two more tensors.
+    channels = (6 if experts.clamp is None else 8) * experts.ffn_hidden_size
+    return _router(experts) + e * experts.per_token * (2 * split * H + channels)
 
 
 def _fused_experts(experts: Experts | None, H: int, e: int, split: int, saved: float) -> float:

@@ -20,7 +20,7 @@ it also shrinks the parameters that are gathered. Traffic between tensor-paralle
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_dypo.models.flops import SequenceCost, sequence_cost
 from megatron_dypo.planning.fp8 import expert_share, fp8_flops
@@ -73,7 +73,13 @@ def logprob_time(setting: Setting, sequences: float) -> PassTime:
     """Return the time of a forward pass over ``sequences`` rollouts, for log π_old or for log π_ref."""
     cost = sequence_cost(setting.arch)
     # An update's cost is three passes, and four of the output projection; this is one of each.
-    forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
+    forward = replace(
+        cost,
+        linear=cost.linear / 3,
+        quadratic=cost.quadratic / 3,
+        windowed=cost.windowed / 3,
+        response=cost.response / 4,
+    )
     return pass_time(setting, forward, sequences, 1, is_update=False)
 
 
@@ -99,7 +105,7 @@ def _layer_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> fl
     slower = 1 / setting.constants.expert_matmul - 1
     in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * (1 - 1 / setting.gpu.fp8_gain)
     flops = linear * (1 + expert_share(setting.arch) * slower) * (1 - in_fp8)
-    flops += cost.quadratic * setting.sequence_tokens**2
+    flops += cost.scores(setting.sequence_tokens)
     return flops * sequences / setting.trainer_gpus / _rate(setting)
 
 

@@ -29,11 +29,12 @@ from megatron_dypo.models.experts import experts_from_data
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.latent_attention import LatentAttention
 from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.models.windows import windows_from_data
 from megatron_dypo.parallel.stores import StoreAddress
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Number of the protocol: this message, and the data on the store and the links. Both sides must have the same."""
 
 GO = "go"
@@ -143,6 +144,7 @@ def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     arch["rope_scaling"] = rope_scaling_from_data(arch["rope_scaling"])
     arch["experts"] = experts_from_data(arch["experts"])
     arch["latent"] = None if arch["latent"] is None else LatentAttention(**arch["latent"])
+    arch["windows"] = windows_from_data(arch["windows"])
     servers = tuple(ServerMesh(**server) for server in fields["servers"])
     source = Mesh(**fields["source"])
     return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "servers": servers})

@@ -16,6 +16,9 @@ from megatron_dypo.config.server_flags import PLANNED, problem_of
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.bridged import load_bridged
 from megatron_dypo.models.families.registry import family_rows, match
+from megatron_dypo.models.hf.json_file import read_json_object
+from megatron_dypo.models.quantized.names import NO_REFIT, is_mxfp4
+from megatron_dypo.models.stacked_experts import stored_names
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
@@ -42,7 +45,7 @@ def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> 
     The error names the tensors that are missing, sent twice, or not of this architecture.
     """
     counts = Counter(name for names in names_by_stage for name in names)
-    expected = {name for row in family_rows(arch) for name in row.hf}
+    expected = set(stored_names(dict.fromkeys(name for row in family_rows(arch) for name in row.hf), arch))
     problems = [f"{name} is held by no stage" for name in sorted(expected - counts.keys())]
     problems += [f"{name} is not of this architecture" for name in sorted(counts.keys() - expected)]
     problems += [f"{name} is sent {count} times" for name, count in sorted(counts.items()) if count > 1]
@@ -64,6 +67,8 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
         raise ServerError(f"{info.url}: serves model_type={info.model_type!r}, the policy is {arch.family!r}")
     if not (Path(info.model_path) / "config.json").is_file():
         return
+    if is_mxfp4(read_json_object(Path(info.model_path) / "config.json")):
+        raise ServerError(f"{info.url}: serves {info.model_path} {NO_REFIT}")
     served = load_bridged(info.model_path) if arch.is_bridged else load_architecture(info.model_path)
     for name in Architecture.__dataclass_fields__:
         ours, theirs = getattr(arch, name), getattr(served, name)

@@ -79,12 +79,14 @@ class Session:
         self._params = {name: param.detach() for name, param in model.named_parameters()}
         store.set(inventory_key(message.server, message.server_rank), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
+        columns = plan.matrix_columns(message.server, message.server_rank)
         transfers = plan.receives(message.server, message.server_rank)
         links: dict[int, list[Transfer]] = {}
         for transfer in transfers:
             links.setdefault(transfer.source, []).append(transfer)
         # The trainer writes GO once it has found every parameter of the plan in the inventories.
         store.wait([GO], datetime.timedelta(seconds=deadline.remaining()))
+        self._params |= {name: self._params[name].view(-1, width) for name, width in columns.items()}
         self._padded = self._padded_params(transfers)
         dtypes = {name: param.dtype for name, param in self._params.items()}
         self._messages = {source: list(cut(of_link, dtypes, message.slot_bytes)) for source, of_link in links.items()}

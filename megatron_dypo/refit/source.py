@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.bridged import WholeWeights
 from megatron_dypo.models.families.registry import match
-from megatron_dypo.models.gather import iter_hf_tensors, sent_params, written_specs
+from megatron_dypo.models.gather import in_table_order, iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.models.hf.write import TensorSpec
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -37,14 +37,25 @@ class Source:
 
         In the first turn of a stage, its leader sends the stage's dense tensors and its own experts.
         """
-        return list(itertools.product(range(self.layout.pipeline), range(self.layout.expert)))
+        return list(itertools.product(range(self.layout.pipeline), range(1 if self._stacks else self.layout.expert)))
+
+    @property
+    def _stacks(self) -> bool:
+        """Return whether a stage's leader sends all its experts, since an HF folder has them in one tensor."""
+        return self.arch.experts is not None and self.arch.experts.is_stacked
+
+    @property
+    def _turn_of_experts(self) -> Turn:
+        """Return the turn of this rank's experts."""
+        return self.layout.pp_rank, 0 if self._stacks else self.layout.ep_rank
 
     @property
     def own_turn(self) -> Turn | None:
         """Return the turn in which this rank sends whole tensors; None if it only takes part in gathers, or in
         nothing."""
         layout = self.layout
-        return (layout.pp_rank, layout.ep_rank) if layout.leads_stage or layout.leads_experts else None
+        leads = layout.leads_stage or (layout.leads_experts and not self._stacks)
+        return self._turn_of_experts if leads else None
 
     def joins(self, turn: Turn) -> bool:
         """Return whether this rank takes part in a turn.
@@ -52,15 +63,16 @@ class Source:
         It does so in the first turn of its stage, when dense tensors are gathered, and in the turn of its experts.
         """
         layout = self.layout
-        is_of_experts = layout.sends_experts and turn == (layout.pp_rank, layout.ep_rank)
+        is_of_experts = layout.sends_experts and turn == self._turn_of_experts
         return is_of_experts or (layout.sends_dense and turn == (layout.pp_rank, 0))
 
     def params(self, turn: Turn | None = None) -> list[tuple[str, Tensor]]:
         """Return this rank's parameters that are sent in one turn, or (None) in all turns."""
         sent = sent_params(self.named_params(), self.arch, self.layout)
+        sent = in_table_order(sent, self.arch) if self._stacks else sent
         if turn is None:
             return sent
-        own, first = (self.layout.pp_rank, self.layout.ep_rank), (self.layout.pp_rank, 0)
+        own, first = self._turn_of_experts, (self.layout.pp_rank, 0)
         return [(n, p) for n, p in sent if (own if match(n, self.arch).is_expert else first) == turn]
 
     def tensors(self, turn: Turn | None = None) -> Iterator[tuple[str, Tensor]]:

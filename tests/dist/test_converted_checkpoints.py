@@ -34,7 +34,8 @@ def kinds_of(axes: dict) -> list[str]:
     Layouts that spread or split experts get mixtures of experts. Others get dense models: all kinds on one rank and in
     the layout that has every axis; elsewhere one of each combination of tied embeddings, biases and norms."""
     if {"expert", "expert_tensor"} & axes.keys():
-        return ["qwen3_moe", *(("deepseek_v3", "glm4_moe") if "expert_tensor" not in axes else ("moonlight", "glm4_air"))]
+        split = "expert_tensor" in axes
+        return ["qwen3_moe", *(("moonlight", "glm4_air") if split else ("deepseek_v3", "glm4_moe", "gpt_oss"))]
     return list(KINDS) if not axes or "first_stage_layers" in axes else ["llama_tied", "qwen2", "qwen3"]
 
 
@@ -115,7 +116,7 @@ def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for kind in (*KINDS, "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air"):
+    for kind in (*KINDS, "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air", "gpt_oss"):
         make_hf_model(kind, root / "hf" / kind)
     return root / "hf"
 
@@ -155,7 +156,7 @@ def test_an_export_holds_the_weights_that_were_loaded(ran) -> None:
     for kind in kinds_of(axes):
         out = root / "exports" / kind
         files = sorted(file.name for file in out.glob("*.safetensors"))
-        assert len(files) == axes.get("pipeline", 1) * axes.get("expert", 1)
+        assert len(files) == axes.get("pipeline", 1) * num_owners(kind, axes)
         loaded = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
         expected = load_file(root / "hf" / kind / "model.safetensors")
         assert loaded.keys() == expected.keys()
@@ -169,13 +170,14 @@ def test_every_stage_and_every_owner_of_experts_writes_its_own_files(ran) -> Non
     from safetensors import safe_open
 
     root, axes, _ = ran
-    stages, owners = axes.get("pipeline", 1), axes.get("expert", 1)
+    stages = axes.get("pipeline", 1)
     for kind in kinds_of(axes):
+        owners = num_owners(kind, axes)
         writers: dict[tuple[int, int], set[str]] = {}
         for file in (root / "exports" / kind).glob("*.safetensors"):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118, a safetensors handle is no mapping
-                    writers.setdefault(writer_of(name, axes, NUM_EXPERTS[kind]), set()).add(file.name)
+                    writers.setdefault(writer_of(name, axes, NUM_EXPERTS[kind], owners), set()).add(file.name)
         assert len(writers) == stages * owners
         assert all(len(files) == 1 for files in writers.values()), writers
         assert len(set.union(*writers.values())) == len(writers)
@@ -183,21 +185,26 @@ def test_every_stage_and_every_owner_of_experts_writes_its_own_files(ran) -> Non
 
 NUM_EXPERTS = {
     **dict.fromkeys(KINDS, 1),
-    "qwen3_moe": 4,
+    **dict.fromkeys(("qwen3_moe", "gpt_oss"), 4),
     **dict.fromkeys(("deepseek_v3", "moonlight", "glm4_moe", "glm4_air"), 8),
 }
 
 
-def writer_of(name: str, axes: dict, experts: int) -> tuple[int, int]:
-    """Return the pipeline stage and expert rank that hold a tensor of a model with four layers."""
-    stages, owners = axes.get("pipeline", 1), axes.get("expert", 1)
+def num_owners(kind: str, axes: dict) -> int:
+    """Return how many ranks of a stage write experts. One writes a stack of them."""
+    return 1 if kind == "gpt_oss" else int(axes.get("expert", 1))
+
+
+def writer_of(name: str, axes: dict, experts: int, owners: int) -> tuple[int, int]:
+    """Return the pipeline stage and expert rank that write a tensor of a model with four layers."""
+    stages = axes.get("pipeline", 1)
     parts = name.split(".")
     if parts[1] != "layers":
         return 0 if parts[1] == "embed_tokens" else stages - 1, 0
     chunks = stages * axes.get("virtual_pipeline", 1)
     layer, in_first = int(parts[2]), axes.get("first_stage_layers")
     stage = layer * chunks // 4 % stages if in_first is None else int(layer >= in_first)
-    return stage, int(parts[5]) * owners // experts if parts[4] == "experts" else 0
+    return stage, int(parts[5]) * owners // experts if parts[4] == "experts" and owners > 1 else 0
 
 
 def assert_same_folder(expected: Path, actual: Path) -> None:

@@ -27,11 +27,12 @@ CASES = {
     "experts": ("qwen3_moe", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
     "latent attention": ("deepseek_v3", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
     "experts behind a dense layer": ("glm4_moe", 4, {"pipeline": 2, "expert": 2}, {"distributed": True}),
+    "stacked experts": ("gpt_oss", 4, {"pipeline": 2, "expert": 2}, {"distributed": True, "dtype": "bfloat16"}),
     "split experts": ("qwen3_moe", 4, {"expert": 2, "expert_tensor": 2}, {}),
     "tensor and experts": ("qwen3_moe", 4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, {}),
 }
 """Model, ranks, axes and options of the run."""
-QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts", "latent attention")
+QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts", "latent attention", "stacked experts")
 """Cases that are not left to the slow tests."""
 STOP_IDS = (2, 7)
 """Ids at which the policy stops; generation_config.json of the model names the first one."""

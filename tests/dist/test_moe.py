@@ -50,9 +50,10 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["one process", "ep2", "tp2 sp ep2", "tp2 sp etp2", "pp2", "ep2 pp2 vpp2"])
 def test_logits_equal_transformers(layout, root):
     world_size, axes = LAYOUTS[layout]
-    paths, expected = zip(*(_model_and_logits(kind, root) for kind in MOE_KINDS), strict=True)
+    kinds = [kind for kind in MOE_KINDS if kind != "gpt_oss" or "expert_tensor" not in axes]  # it refuses split experts
+    paths, expected = zip(*(_model_and_logits(kind, root) for kind in kinds), strict=True)
     for result in filter(None, run_ranks(world_size, rank_logits, list(paths), axes)):
-        for kind, ours, theirs in zip(MOE_KINDS, result, expected, strict=True):
+        for kind, ours, theirs in zip(kinds, result, expected, strict=True):
             for row, expected_row in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(row, expected_row, atol=1e-4, rtol=0, err_msg=kind)
 

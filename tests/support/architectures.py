@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_dypo.models.architecture import FAMILIES, Architecture
 from megatron_dypo.models.experts import BiasedSigmoid, Experts
 from megatron_dypo.models.latent_attention import LatentAttention
+from megatron_dypo.models.windows import Windows
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
@@ -29,7 +30,11 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
         "rope_scaling": None,
         "tied_embeddings": False,
     }
-    switches: dict[str, Any] = {"qkv_bias": family == "qwen2", "qk_norm": family.startswith("qwen3"), "experts": None}
+    switches: dict[str, Any] = {
+        "qkv_bias": family in ("qwen2", "gpt_oss"),
+        "qk_norm": family.startswith("qwen3"),
+        "experts": None,
+    }
     if family == "qwen3_moe":
         switches["experts"] = Experts(
             num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, moe_aux_loss_coef=0.0
@@ -50,6 +55,17 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
     if family == "deepseek_v3":
         switches["latent"] = LatentAttention(query_rank=11, key_value_rank=9, plain_dim=5, rope_dim=4, value_dim=6)
         switches |= {"num_key_value_heads": 8, "head_dim": 9}
+    if family == "gpt_oss":
+        switches["experts"] = Experts(
+            num_experts=5,
+            per_token=2,
+            ffn_hidden_size=7,
+            normalized=True,
+            moe_aux_loss_coef=0.0,
+            clamp=7.0,
+            is_stacked=True,
+        )
+        switches |= {"windows": Windows(size=8, layers=(0, 2)), "attention_sinks": True, "linear_bias": True}
     return Architecture(**{"family": family, **sizes, **switches, **overrides})
 
 

@@ -39,6 +39,9 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
         "rope_theta": config.rope_parameters["rope_theta"],
         "tied_embeddings": config.tie_word_embeddings,
         "sliding_window": getattr(config, "sliding_window", None),
+        "windows": None,
+        "attention_sinks": False,
+        "linear_bias": False,
         "frequencies": frequencies,
         "softmax_scale": attention_factor**2 / math.sqrt(head_dim),
     }
@@ -66,6 +69,8 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
             config.first_k_dense_replace,
             config.n_shared_experts * config.moe_intermediate_size,
             (config.n_group, config.topk_group, config.routed_scaling_factor),
+            None,
+            False,
         )
     if config.model_type == "qwen3_moe":
         fields["experts"] = (
@@ -77,7 +82,29 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
             0,
             0,
             None,
+            None,
+            False,
         )
+    if config.model_type == "gpt_oss":
+        windowed = [layer for layer, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+        fields |= {
+            "experts": (
+                config.num_local_experts,
+                config.num_experts_per_tok,
+                config.intermediate_size,
+                True,
+                0.0,
+                0,
+                0,
+                None,
+                config.swiglu_limit,
+                True,
+            ),
+            "sliding_window": None,
+            "windows": (config.sliding_window, tuple(windowed)) if windowed else None,
+            "attention_sinks": True,
+            "linear_bias": config.attention_bias,
+        }
     return fields
 
 
@@ -92,8 +119,11 @@ def as_we_read(arch: Architecture) -> dict[str, Any]:
     if arch.family == "glm4_moe":
         fields["rotated_scale"] = rotated_scale(arch)
     if arch.experts is not None:
-        *experts, router = vars(arch.experts).values()
-        fields["experts"] = (*experts, tuple(vars(router).values()) if router else None)
+        router = arch.experts.biased_sigmoid
+        experts = {**vars(arch.experts), "biased_sigmoid": tuple(vars(router).values()) if router else None}
+        fields["experts"] = tuple(experts.values())
+    if arch.windows is not None:
+        fields["windows"] = tuple(vars(arch.windows).values())
     if arch.latent is not None:
         fields["latent"] = tuple(vars(arch.latent).values())
     return fields

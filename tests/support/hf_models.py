@@ -94,6 +94,24 @@ GLM_YARN = {
 }
 """What released models have not: no biases, groups of experts, and a scaling whose factor is for rotated channels only.
 """
+GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150_000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+GPT_OSS = {
+    "head_dim": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 96,
+    "sliding_window": 8,
+    "swiglu_limit": 0.5,  # bounds some channels of a small model; 7 as published would bound none
+    "rope_parameters": GPT_OSS_YARN,
+}
 
 MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": True}),
@@ -103,6 +121,7 @@ MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("Glm4MoeConfig", GLM),
     "glm4_air": ("Glm4MoeConfig", {**GLM, "use_qk_norm": False}),
     "glm4_moe_yarn": ("Glm4MoeConfig", GLM_YARN),
+    "gpt_oss": ("GptOssConfig", GPT_OSS),
 }
 """Kinds with experts, which refuse some layouts that dense models accept."""
 
@@ -140,10 +159,12 @@ def make_hf_model(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, 
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.08)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.normal_(0, 0.05)
+            elif parameter.dim() > 1:
+                parameter.normal_(0, 0.08)
+            elif name.endswith("sinks"):
+                parameter.normal_(0, 1)
             else:
                 parameter.normal_(1, 0.1)
         for name, buffer in model.named_buffers():

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.families.registry import family_rows
+from megatron_dypo.models.stacked_experts import stored_tensors
 from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
 from tests.support.architectures import divisors, make_arch
 from tests.support.present import present
@@ -36,7 +37,7 @@ def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
 
 
 QUANTIZABLE = ("llama", "qwen2", "qwen3", "qwen3_moe")
-FAMILIES = (*QUANTIZABLE, "deepseek_v3", "glm4_moe")
+FAMILIES = (*QUANTIZABLE, "deepseek_v3", "glm4_moe", "gpt_oss")
 """Families of cases."""
 
 
@@ -58,6 +59,8 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = FAMILIES) 
     )
     server_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 8] if unit == 1 else [1, 2, 4]), min_size=1, max_size=3))
     servers = tuple(ServerMesh(tensor=size) for size in server_sizes)
+    if family == "gpt_oss":
+        source = dataclasses.replace(source, expert=draw(st.sampled_from(divisors(source.stage_size))))
     if family in ("qwen3_moe", "deepseek_v3", "glm4_moe"):
         expert = draw(st.sampled_from(divisors(source.stage_size)))
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
@@ -108,6 +111,12 @@ def _architectures(
             shared_width=common * draw(st.integers(1, 2)),
             num_dense_layers=draw(st.integers(0, num_layers - 1)),
         )
+    if family == "gpt_oss":
+        overrides["experts"] = dataclasses.replace(
+            present(make_arch(family).experts),
+            num_experts=source.expert * draw(st.integers(1, 2)),
+            ffn_hidden_size=common * draw(st.integers(1, 2)),
+        )
     return make_arch(
         family,
         num_layers=num_layers,
@@ -117,7 +126,7 @@ def _architectures(
         head_dim=head_dim,
         ffn_hidden_size=common * unit * draw(st.integers(1, 2)),
         vocab_size=draw(st.integers(8, 200)),
-        tied_embeddings=family != "glm4_moe" and draw(st.booleans()),
+        tied_embeddings=family not in ("glm4_moe", "gpt_oss") and draw(st.booleans()),
         **overrides,
     )
 
@@ -157,6 +166,8 @@ class NaiveServerRank:
         shared = f"{prefix}mlp.shared_experts."
         if f"{shared}up_proj.{kind}" in hf:
             tensors |= self._mlp(hf, shared, kind)
+        if self._arch.family == "gpt_oss":
+            return tensors
         return {**tensors, **self._experts(hf, f"{prefix}mlp.experts.", kind)}
 
     def _qkv(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
@@ -191,6 +202,25 @@ class NaiveServerRank:
         for layer in range(arch.num_layers):
             for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
                 tensors.update(self.linear(hf, f"model.layers.{layer}.", kind))
+        return {**tensors, **self._of_gpt_oss(hf)} if arch.family == "gpt_oss" else tensors
+
+    def _of_gpt_oss(self, hf: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Load as gpt_oss.py and weight_loader_fused do, from the tensors of a model folder."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in stored_tensors(hf.items(), self._arch):
+            owner, _, kind = name.rpartition(".")
+            if kind == "sinks":
+                tensors[name] = self._part(tensor)
+            elif ".mlp.router." in name or name.endswith("o_proj.bias"):
+                tensors[name] = tensor
+            elif kind == "gate_up_proj":
+                tensors[f"{owner}.w13_weight"] = tensor.transpose(-2, -1).tensor_split(self._size, 1)[self._rank]
+            elif kind == "gate_up_proj_bias":
+                tensors[f"{owner}.w13_weight_bias"] = tensor.tensor_split(self._size, 1)[self._rank]
+            elif kind == "down_proj":
+                tensors[f"{owner}.w2_weight"] = tensor.transpose(-2, -1).tensor_split(self._size, 2)[self._rank]
+            elif kind == "down_proj_bias":
+                tensors[f"{owner}.w2_weight_bias"] = torch.zeros_like(tensor) if self._rank else tensor
         return tensors
 
     def _part(self, tensor: Tensor) -> Tensor:

@@ -23,11 +23,16 @@ ROUTED_SIZES = {
     "num_attention_heads": 128,
 }
 """transformers' default is 128 key-value heads, and three dense layers."""
-
 GLM_SIZES = {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+STACKED_SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def smallest(family: str) -> dict[str, Any]:
     """Return a config.json of this model type with required keys only."""
-    more = {"qwen3_moe": EXPERT_SIZES, "deepseek_v3": ROUTED_SIZES, "glm4_moe": GLM_SIZES}
+    more = {
+        "qwen3_moe": EXPERT_SIZES,
+        "deepseek_v3": ROUTED_SIZES,
+        "glm4_moe": GLM_SIZES,
+        "gpt_oss": STACKED_SIZES,
+    }
     return {"model_type": family, **SIZES, **more.get(family, {})}

@@ -23,18 +23,27 @@ from megatron_dypo.models.families.registry import (
     FINAL_NORM_STATE,
     family_rows,
     layer_of,
+    match,
     stacked_shape,
     state_keys,
     stored_key,
 )
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.read import HFReader
-from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
+from megatron_dypo.models.hf.write import (
+    MAX_FILE_BYTES,
+    TensorSpec,
+    copy_beside,
+    finish_hf_folder,
+    stored_specs,
+    write_parts,
+)
 from megatron_dypo.models.layout_rules import check_tensor_parallel
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.models.quantized.refusals import require_quantizable
 from megatron_dypo.models.rules import Chunk
+from megatron_dypo.models.stacked_experts import stored_tensors
 from megatron_dypo.parallel.mesh import Mesh
 
 
@@ -119,25 +128,29 @@ def mcore_to_hf(
         raise ValueError(damage)
     carried = find_carried(reference, arch)
     parts = {
-        stem: [(row, quantized_specs(_specs(row, reader, arch), quantization)) for row in rows]
+        stem: (rows, quantized_specs(_specs(rows, reader, arch), quantization))
         for stem, rows in _rows_by_part(reader, arch).items()
     }
-    total = sum(spec.num_bytes for rows in parts.values() for _, specs in rows for spec in specs)
+    total = sum(spec.num_bytes for _, specs in parts.values() for spec in specs)
     with (
         new_folder(hf_path, replace=overwrite) as folder,
         progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar,
     ):
-        for stem, rows in parts.items():
-            tensors = (pair for row, _ in rows for pair in zip(row.hf, reader.read_hf(row, arch), strict=True))
-            specs = [spec for _, of_row in rows for spec in of_row]
-            write_parts(folder, stem, specs, quantized_tensors(tensors, quantization), bar, max_file_bytes)
+        for stem, (rows, specs) in parts.items():
+            pairs = (pair for row in rows for pair in zip(row.hf, reader.read_hf(row, arch), strict=True))
+            tensors = quantized_tensors(stored_tensors(pairs, arch), quantization)
+            write_parts(folder, stem, specs, tensors, bar, max_file_bytes)
         write_carried(folder, carried, max_file_bytes=max_file_bytes, shows=show_progress)
         finish_hf_folder(folder, reference, quantization_config(arch, quantization))
 
 
-def _specs(row: Row, reader: MCoreReader, arch: Architecture) -> list[TensorSpec]:
-    dtype = reader.dtype(row, arch)
-    return [TensorSpec(name, dtype, shape) for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
+def _specs(rows: list[Row], reader: MCoreReader, arch: Architecture) -> list[TensorSpec]:
+    specs = [
+        TensorSpec(name, reader.dtype(row, arch), shape)
+        for row in rows
+        for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
+    ]
+    return stored_specs(specs, arch)
 
 
 def _rows_by_part(reader: MCoreReader, arch: Architecture) -> dict[str, list[Row]]:
@@ -150,8 +163,16 @@ def _rows_by_part(reader: MCoreReader, arch: Architecture) -> dict[str, list[Row
         return {"weights": rows}
     parts: dict[str, list[Row]] = {}
     for row in rows:
-        parts.setdefault(f"rank-{reader.writer(row, arch):08d}", []).append(row)
+        parts.setdefault(f"rank-{reader.writer(_led(row, arch), arch):08d}", []).append(row)
     return parts
+
+
+def _led(row: Row, arch: Architecture) -> Row:
+    """Return the row whose first writer exports ``row``: for stacked experts that of the layer's first one."""
+    if not row.is_expert or arch.experts is None or not arch.experts.is_stacked:
+        return row
+    head, experts, tail = row.mcore.partition(".local_experts.")
+    return match(f"{head}{experts}0.{tail.partition('.')[2]}", arch)
 
 
 def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:

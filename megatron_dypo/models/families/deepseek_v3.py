@@ -12,10 +12,12 @@ from dataclasses import replace
 from megatron_dypo.models.families import llama, qwen3_moe
 from megatron_dypo.models.families.table import (
     Row,
+    compressed_query,
     expert_bias,
     key_value_down,
     key_value_latent,
     key_value_up,
+    plain_query,
     query,
     query_down,
     query_latent,
@@ -38,8 +40,8 @@ _KEYS_AND_VALUES = (
     Row(_ATTENTION + "kv_layernorm.weight", (_HF_ATTENTION + "kv_a_layernorm.weight",), Copy(key_value_latent)),
     Row(_ATTENTION + "linear_kv_up_proj.weight", (_HF_ATTENTION + "kv_b_proj.weight",), ColumnParallel(key_value_up)),
 )
-_QUERY = (Row(_ATTENTION + "linear_q_proj.weight", (_HF_ATTENTION + "q_proj.weight",), ColumnParallel(query)),)
-_LATENT_QUERY = (
+_PLAIN_QUERY = (Row(_ATTENTION + "linear_q_proj.weight", (_HF_ATTENTION + "q_proj.weight",), ColumnParallel(query)),)
+_COMPRESSED_QUERY = (
     Row(_ATTENTION + "linear_q_down_proj.weight", (_HF_ATTENTION + "q_a_proj.weight",), Copy(query_down)),
     Row(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_a_layernorm.weight",), Copy(query_latent)),
     Row(_ATTENTION + "linear_q_up_proj.weight", (_HF_ATTENTION + "q_b_proj.weight",), ColumnParallel(query_up)),
@@ -64,13 +66,12 @@ EXPERTS = (
 )
 """Rows of the layers with experts: the router and its bias, the experts, and the MLP that every token passes."""
 
-_OTHERS = (
+ROWS = (
     *(row for row in llama.COMMON if not row.mcore.endswith("linear_qkv.weight")),
     *(replace(row, layers="dense") for row in llama.MLP),
     *EXPERTS,
     *_KEYS_AND_VALUES,
+    *(replace(row, needs=compressed_query) for row in _COMPRESSED_QUERY),
+    *(replace(row, needs=plain_query) for row in _PLAIN_QUERY),
 )
-
-ROWS = (*_OTHERS, *_LATENT_QUERY)
-PLAIN_QUERY_ROWS = (*_OTHERS, *_QUERY)
-"""With ``q_lora_rank: null``, as in Moonlight: queries come from the hidden state."""
+"""With ``q_lora_rank: null``, as in Moonlight, queries come from the hidden state (``plain_query``)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_dypo.models.families.table import Row, attention_output, hidden, mlp_output
+from megatron_dypo.models.families.table import Row, attention_output, hidden, mlp_output, tied, untied
 from megatron_dypo.models.rules import QKV, Copy, GateUp, RowParallel, Vocab
 
 _MCORE, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -31,7 +31,7 @@ MLP = (
 
 ROWS = (*COMMON, *MLP)
 
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Vocab())
+OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Vocab(), needs=untied)
 
 # With tied embeddings the last stage of a pipeline of two or more holds its own copy of the embedding.
-TIED_OUTPUT = Row("output_layer.weight", _EMBEDDING, Vocab(), is_copy=True)
+TIED_OUTPUT = Row("output_layer.weight", _EMBEDDING, Vocab(), is_copy=True, needs=tied)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_dypo.models.families import llama
-from megatron_dypo.models.families.table import Row, head
+from megatron_dypo.models.families.table import Row, head, normed_heads
 from megatron_dypo.models.rules import Copy
 
 HEAD_NORMS = tuple(
@@ -11,6 +11,7 @@ HEAD_NORMS = tuple(
         f"decoder.layers.{{layer}}.self_attention.{name}_layernorm.weight",
         (f"model.layers.{{layer}}.self_attn.{name}_norm.weight",),
         Copy(head),
+        needs=normed_heads,
     )
     for name in "qk"
 )

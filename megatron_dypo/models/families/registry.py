@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.models.families import deepseek_v3, glm4_moe, llama, mistral, qwen2, qwen3, qwen3_moe
+from megatron_dypo.models.families import deepseek_v3, glm4_moe, gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_dypo.models.families.table import EXPERT, LAYER, Row
 
 FAMILIES = {
@@ -17,6 +17,7 @@ FAMILIES = {
     "qwen3_moe": qwen3_moe.ROWS,
     "deepseek_v3": deepseek_v3.ROWS,
     "glm4_moe": glm4_moe.ROWS,
+    "gpt_oss": gpt_oss.ROWS,
 }
 """``model_type`` of the HF config → its table."""
 
@@ -50,7 +51,7 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # One expert after the other (the local spec), or all in one module with numbered weights (Transformer Engine).
 _EXPERTS = "mlp.experts"
 _SEQUENTIAL = re.compile(rf"{_EXPERTS}\.local_experts\.(\d+)\.(.+)")
-_GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.weight)(\d+)")
+_GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.(?:weight|bias))(\d+)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -63,12 +64,8 @@ def table(arch: Architecture) -> tuple[Row, ...]:
     """
     if arch.is_bridged:
         raise ValueError(f"model_type={arch.family!r}: has no name table, which this needs")
-    rows = FAMILIES[arch.family]
-    if arch.latent is not None and arch.latent.query_rank is None:
-        rows = deepseek_v3.PLAIN_QUERY_ROWS
-    if arch.family == "glm4_moe":
-        rows = glm4_moe.rows_of(arch)
-    return (*rows, llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
+    rows = (*FAMILIES[arch.family], llama.OUTPUT, llama.TIED_OUTPUT)
+    return tuple(row for row in rows if row.needs is None or row.needs(arch))
 
 
 def family_rows(arch: Architecture) -> Iterator[Row]:

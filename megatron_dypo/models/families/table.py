@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +29,8 @@ class Row:
     is_copy: bool = False
     """Whether another row has the same HF tensors. Such a copy is filled on load and left out of exports."""
     layers: Layers = "all"
+    needs: Callable[[Architecture], bool] | None = None
+    """Says whether a model of the family has the parameter. None: each has it."""
 
     @property
     def is_expert(self) -> bool:
@@ -46,6 +49,30 @@ class Row:
             return name if expert is None else name.replace(EXPERT, str(expert))
 
         return replace(self, mcore=fill(self.mcore), hf=tuple(fill(name) for name in self.hf))
+
+
+def untied(arch: Architecture) -> bool:
+    return not arch.tied_embeddings
+
+
+def tied(arch: Architecture) -> bool:
+    return arch.tied_embeddings
+
+
+def biased_qkv(arch: Architecture) -> bool:
+    return arch.qkv_bias
+
+
+def normed_heads(arch: Architecture) -> bool:
+    return arch.qk_norm
+
+
+def compressed_query(arch: Architecture) -> bool:
+    return latent(arch).query_rank is not None
+
+
+def plain_query(arch: Architecture) -> bool:
+    return latent(arch).query_rank is None
 
 
 def hidden(arch: Architecture) -> tuple[int, ...]:
@@ -126,6 +153,14 @@ def expert_input(arch: Architecture) -> tuple[int, ...]:
 
 def expert_output(arch: Architecture) -> tuple[int, ...]:
     return (arch.hidden_size, _experts(arch).ffn_hidden_size)
+
+
+def expert_input_bias(arch: Architecture) -> tuple[int, ...]:
+    return (_experts(arch).ffn_hidden_size,)
+
+
+def sinks(arch: Architecture) -> tuple[int, ...]:
+    return (arch.num_attention_heads,)
 
 
 def _experts(arch: Architecture) -> Experts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_dypo.models.hf.fields import Fields
+from megatron_dypo.models.hf.rope_scaling import DEFAULT_THETA, SECTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +24,25 @@ class FamilyDefaults:
     """Whether ``head_dim`` may be null, meaning hidden size / heads."""
     norm_epsilon: float = 1e-6
     """``rms_norm_eps``."""
-    attention_bias: bool = False
-    """Whether ``attention_bias`` may be true."""
+    attention_bias: bool | None = False
+    """The only value of ``attention_bias`` that is supported. None: either."""
+    rope_theta: float = DEFAULT_THETA
+    rope_scaling: Mapping[str, Any] | None = None
+    """``rope_parameters`` of a config that has none, nor ``rope_scaling``. None: no scaling."""
     rotated_share: float | None = None
     """``partial_rotary_factor``. None: only 1 is supported."""
     untied: bool = False
     """Whether ``tie_word_embeddings`` must be false."""
 
+
+_GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 DEFAULTS = {
     "llama": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
@@ -37,7 +52,16 @@ DEFAULTS = {
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
     "deepseek_v3": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
     "glm4_moe": FamilyDefaults(
-        key_value_heads=8, null_head_dim=False, norm_epsilon=1e-5, attention_bias=True, rotated_share=0.5, untied=True
+        key_value_heads=8, null_head_dim=False, norm_epsilon=1e-5, attention_bias=None, rotated_share=0.5, untied=True
+    ),
+    "gpt_oss": FamilyDefaults(
+        key_value_heads=8,
+        head_dim=64,
+        norm_epsilon=1e-5,
+        attention_bias=True,
+        rope_theta=150_000.0,
+        rope_scaling=_GPT_OSS_YARN,
+        untied=True,
     ),
 }
 """``model_type`` → defaults."""
@@ -78,22 +102,34 @@ def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) 
     return channels
 
 
+def with_positions(fields: Fields, defaults: FamilyDefaults) -> Fields:
+    """Return the fields with the family's rotary positions where the config gives none, or no ``rope_theta``."""
+    sections = [section for name in SECTIONS if (section := fields.object(name))]
+    added: dict[str, Any] = {}
+    if not sections and defaults.rope_scaling is not None:
+        added["rope_parameters"] = defaults.rope_scaling
+    if not any("rope_theta" in section for section in (fields, *sections)):
+        added["rope_theta"] = defaults.rope_theta
+    return replace(fields, values={**fields.values, **added})
+
+
 def refuse_unsupported(fields: Fields, family: str) -> None:
     """Raise ValueError for a field that needs a computation that this package lacks."""
+    defaults = DEFAULTS[family]
     rules = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
-    if not DEFAULTS[family].attention_bias:
-        rules["attention_bias"] = False
-    if DEFAULTS[family].untied:
+    if defaults.attention_bias is not None:
+        rules["attention_bias"] = defaults.attention_bias
+    if defaults.untied:
         rules["tie_word_embeddings"] = False
     for name, allowed in rules.items():
         value = fields.get(name)
         if value is not None and (type(value) is not type(allowed) or value != allowed):
             fields.refuse(name, f"only {allowed!r} is supported")
     kinds = fields.get("layer_types")
-    # transformers ignores this field of a Mistral model, whose window is the same in all layers.
+    # transformers ignores this field of a Mistral model, whose window is the same in all layers. gpt-oss reads it.
     if (
         kinds is not None
-        and family != "mistral"
+        and family not in ("mistral", "gpt_oss")
         and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"})
     ):
         fields.refuse("layer_types", "only 'full_attention' is supported")

@@ -13,7 +13,10 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.llama import OUTPUT, TIED_OUTPUT
 from megatron_dypo.models.families.registry import family_rows, is_carried_hf_name, is_redundant_hf_name
 from megatron_dypo.models.hf.files import SafetensorsFiles
+from megatron_dypo.models.hf.stacked import StackedExperts
+from megatron_dypo.models.quantized.mxfp4 import BLOCK, BLOCKS, SCALES
 from megatron_dypo.models.quantized.names import is_scale
+from megatron_dypo.models.stacked_experts import find_part, part_of, stored_shape
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights, by their names in safetensors headers."""
@@ -33,6 +36,7 @@ class HFReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files = SafetensorsFiles(self.path)
+        self._stacked = StackedExperts(self._files)
 
     def names(self) -> list[str]:
         """Return the names of all tensors, in the index's order."""
@@ -41,7 +45,10 @@ class HFReader:
     def slice(self, name: str) -> Any:
         """Return a lazy view of one tensor. Indexing it reads that part."""
         if name not in self._files.file_of:
-            raise ValueError(f"{self.path}: tensor {name} is missing")
+            part = find_part(name)
+            if part is None or not self._stacked.holds(part):
+                raise ValueError(f"{self.path}: tensor {name} is missing")
+            return self._stacked.slice(part)
         return self._files.slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -66,21 +73,38 @@ class HFReader:
                 f"{self.path}: tensor {scale}: is a scale of quantised weights, which cannot be trained or converted; "
                 "name the folder from which they were made"
             )
-        expected: dict[str, tuple[int, ...]] = {}
-        for row in family_rows(arch):
-            expected.update(zip(row.hf, row.rule.hf_shapes(arch), strict=True))
+        expected = self._expected(arch)
         problems = [f"tensor {name} is missing" for name in expected if name not in file_of]
         for name in file_of:
             if name in expected:
                 shape = self.shape(name)
                 if shape != expected[name]:
                     problems.append(f"tensor {name} has shape {shape}, config.json needs {expected[name]}")
-                self.dtype(name)
+                if not name.endswith((BLOCKS, SCALES)):
+                    self.dtype(name)
+                elif (kind := self.slice(name).get_dtype()) != "U8":
+                    problems.append(f"tensor {name} has type {kind}, MXFP4 needs U8")
             elif not is_redundant_hf_name(name, arch) and not is_carried_hf_name(name, arch):
                 problems.append(f"tensor {name}: no rule of family {arch.family!r} matches it")
         if problems:
             raise ValueError(f"{self.path}: " + "; ".join(problems))
         self._say_what_is_passed_over(arch)
+
+    def _expected(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of the folder and their shapes: those of the table, with the stored ones of experts."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for row in family_rows(arch):
+            for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True):
+                part = part_of(name, arch)
+                if part is None:
+                    expected[name] = shape
+                elif part.stored + BLOCKS in self._files.file_of:
+                    experts, inputs, outputs = stored_shape(part.stored, arch)
+                    expected[part.stored + BLOCKS] = (experts, outputs, inputs // BLOCK, BLOCK // 2)
+                    expected[part.stored + SCALES] = (experts, outputs, inputs // BLOCK)
+                else:
+                    expected[part.stored] = stored_shape(part.stored, arch)
+        return expected
 
     def _say_what_is_passed_over(self, arch: Architecture) -> None:
         """Warn, once in a process, if the files have a different output layer that a tied model does not use."""

@@ -67,7 +67,8 @@ ROPE_SCALINGS = tuple(_CLASSES)
 
 _MOST_FACTOR = 10_000.0
 """Largest factor. Factors in use are below 100, so a larger one than this is a mistake."""
-_SECTIONS = ("rope_parameters", "rope_scaling")
+SECTIONS = ("rope_parameters", "rope_scaling")
+"""Objects of a config that describe rotary positions: transformers 5's name, transformers 4's name."""
 _ORIGINAL = "original_max_position_embeddings"
 _SHARE = "partial_rotary_factor"
 _COMMON = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}  # the last says how it came to be
@@ -92,7 +93,7 @@ def read_rotated_share(config: Fields, default: float) -> float:
     Raises:
         ValueError: a value is out of its range, or two contradict each other.
     """
-    places = [config, *(fields for section in _SECTIONS if (fields := config.object(section)) is not None)]
+    places = [config, *(fields for section in SECTIONS if (fields := config.object(section)) is not None)]
     said = [(f"{f.section}{_SHARE}", f.number(_SHARE, above=0, most=1)) for f in places if _SHARE in f]
     return float(_agreed(said, default, config.where))
 
@@ -111,7 +112,7 @@ def read_rope(config: Fields, *, is_partial: bool = False) -> tuple[float, RopeS
         _refuse_partial(config)
     thetas = [(f"{config.section}rope_theta", config.number("rope_theta", above=1))] if "rope_theta" in config else []
     scalings: list[tuple[str, RopeScaling | None]] = []
-    for section in _SECTIONS:
+    for section in SECTIONS:
         fields = config.object(section)
         if fields is None:
             continue

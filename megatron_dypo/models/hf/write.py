@@ -18,10 +18,12 @@ from torch import Tensor
 
 from megatron_dypo.fs import durable_file
 from megatron_dypo.metrics.progress import Progress
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME
 from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.hf.read import DTYPES
-from megatron_dypo.models.quantized.names import is_scale
+from megatron_dypo.models.quantized.names import is_mxfp4, is_scale
+from megatron_dypo.models.stacked_experts import part_of, stored_names, stored_shape
 
 MAX_FILE_BYTES = 5_000_000_000
 
@@ -53,6 +55,16 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def stored_specs(specs: Sequence[TensorSpec], arch: Architecture) -> list[TensorSpec]:
+    """Return the specs of the stored tensors, given those of the name table (``models/stacked_experts.py``)."""
+    of_name = {spec.name: spec for spec in specs}
+    dtypes = {part.stored: spec.dtype for spec in specs if (part := part_of(spec.name, arch))}
+    return [
+        of_name[name] if name in of_name else TensorSpec(name, dtypes[name], stored_shape(name, arch))
+        for name in stored_names(of_name, arch)
+    ]
 
 
 def plan_files(specs: Iterable[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
@@ -132,7 +144,7 @@ def copy_beside(
     """Copy the files of an HF folder besides its weights: configurations, tokenizer, chat template, licence.
 
     Args:
-        dtype: of the weights, for ``config.json``. None: as in ``source``.
+        dtype: of the weights, for ``config.json``, which then does not say MXFP4 either. None: as in ``source``.
         stop_ids: ids at which the model was trained to stop. ``eos_token_id`` of generation_config.json gets those that
             it lacks. Otherwise transformers would generate past the end of a response: the file of a base model does
             not name the end of a turn.
@@ -144,6 +156,8 @@ def copy_beside(
             config[name] = str(dtype).removeprefix("torch.")
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
+    elif is_mxfp4(config) and dtype is not None:
+        del config["quantization_config"]
     _write_json(target / "config.json", config)
     for pattern in _BESIDE:
         for file in source.glob(pattern):

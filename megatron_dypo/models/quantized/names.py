@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Quantization = Literal["none", "fp8_block", "fp8_channel"]
 
 BLOCK = 128
 """Rows and columns of a block of ``fp8_block``, as in DeepSeek-V3's checkpoints."""
+
+NO_REFIT = (
+    "with experts in MXFP4 (quantization_config of its config.json), which no refit replaces: convert the folder to "
+    "bf16 first (docs/hf_models.md)"
+)
+"""Why servers cannot serve such a folder, for messages that name it before."""
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|mlp\.experts\.\d+)\.\w+_proj\.weight")
 _SCALE_SUFFIX = {"fp8_block": "weight_scale_inv", "fp8_channel": "weight_scale"}
@@ -49,3 +56,9 @@ def is_scale(hf_name: str) -> bool:
 def weight_name(hf_name: str) -> str:
     """Return the name of the quantised tensor of some scales, the inverse of :func:`scale_name`."""
     return hf_name.removesuffix(hf_name.rpartition(".")[2]) + "weight"
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` says that the weights of experts are in MXFP4."""
+    said = config.get("quantization_config")
+    return isinstance(said, Mapping) and said.get("quant_method") == "mxfp4"

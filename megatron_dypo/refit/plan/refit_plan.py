@@ -174,6 +174,16 @@ class RefitPlan:
                     shapes[scale_name(name, quantization)] = (*tensor.shape[:-2], *scales)
         return shapes
 
+    def matrix_columns(self, server: int, server_rank: int) -> dict[str, int]:
+        """Return name → columns of the matrix that transfers address, for parameters in which it is not the last
+        axis."""
+        columns: dict[str, int] = {}
+        for tensor in self._streams.served[self.servers[server]][server_rank]:
+            if tensor.matrix_columns is not None:
+                assert LAYER in tensor.name, "such parameters are in layers"
+                columns |= {_at(tensor.name, n): tensor.matrix_columns for n in range(self.arch.num_layers)}
+        return columns
+
     def _sends_any(self, rank: int, server: int) -> bool:
         shards = self._streams.shards_of(rank)
         return any(True for shard in shards for _ in self._streams.cuts(shard, rank, server))

@@ -19,6 +19,8 @@ class ServedTensor:
     shape: tuple[int, ...]
     rectangles: tuple[Rectangle, ...]
     """The parts of HF tensors that it holds. Its other entries are zeros, for padding."""
+    matrix_columns: int | None = None
+    """Columns of the matrix that the rectangles lie in; None: the tensor's last axis."""
     layers: Layers = "all"
     """The layers that have it, as in :class:`~megatron_dypo.models.families.table.Row`."""
 

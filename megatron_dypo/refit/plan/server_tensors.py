@@ -1,7 +1,7 @@
 """The servers' side of a plan: how SGLang holds the tensors of a family on one server rank. Pure, no torch, no SGLang.
 
-Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe,deepseek_v2,glm4_moe}.py``, ``layers/linear.py`` (fused
-projections, replicated key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and
+Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe,deepseek_v2,glm4_moe,gpt_oss}.py``, ``layers/linear.py``
+(fused projections, replicated key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and
 ``layers/moe/fused_moe_triton/layer.py`` (expert stacks). Not supported: shared experts that SGLang fuses with the
 others, attention data parallelism, redundant experts, and kernels that reorder weights after loading.
 """
@@ -17,6 +17,7 @@ from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.families.table import LAYER, Layers
 from megatron_dypo.refit.plan.rectangles import Rectangle
 from megatron_dypo.refit.plan.served_latent import latent_attention
+from megatron_dypo.refit.plan.served_stacks import stacked_experts
 from megatron_dypo.refit.plan.served_tensor import ServedTensor, columns, rows, whole
 
 _VOCAB_MULTIPLE = 64
@@ -50,7 +51,7 @@ def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> 
         *_norms(arch),
         *(latent_attention if arch.latent else _attention)(arch, server.tensor, server_rank),
         *(_mlp(arch, server.tensor, server_rank) if arch.num_dense_layers else ()),
-        *(_experts(arch, arch.experts, server, server_rank) if arch.experts else ()),
+        *(_any_experts(arch, arch.experts, server, server_rank) if arch.experts else ()),
         whole("model.norm.weight", (arch.hidden_size,)),
     ]
 
@@ -69,13 +70,19 @@ def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
     if arch.experts is None:
         require(expert == 1, f"server expert={expert}", f"a {arch.family} model has no experts")
         return
+    require(
+        expert == 1 or not arch.experts.is_stacked,
+        f"server expert={expert}",
+        f"must be 1 for a {arch.family} model: SGLang loads stacked experts whole on every rank",
+    )
     require(tensor % expert == 0, f"server expert={expert}", f"does not divide server tensor={tensor}")
     require(
         arch.experts.num_experts % expert == 0,
         f"server expert={expert}",
         f"does not divide num_experts={arch.experts.num_experts}",
     )
-    _require_divides(tensor // expert, "moe_intermediate_size", arch.experts.ffn_hidden_size)
+    width = "intermediate_size" if arch.experts.is_stacked else "moe_intermediate_size"
+    _require_divides(tensor // expert, width, arch.experts.ffn_hidden_size)
     _require_divides(tensor, "n_shared_experts · moe_intermediate_size", arch.experts.shared_width)
 
 
@@ -127,6 +134,10 @@ def _attention(arch: Architecture, tensor: int, server_rank: int) -> Iterator[Se
     if arch.qk_norm:
         yield from (whole(f"{prefix}{name}_norm.weight", (arch.head_dim,)) for name in "qk")
     yield columns(f"{prefix}o_proj.weight", (arch.hidden_size, query), server_rank * query)
+    if arch.linear_bias:
+        yield whole(f"{prefix}o_proj.bias", (arch.hidden_size,))
+    if arch.attention_sinks:
+        yield rows(f"{prefix}sinks", (heads,), [(f"{prefix}sinks", server_rank * heads, heads)])
 
 
 def _mlp(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTensor]:
@@ -141,6 +152,12 @@ def _gated(
     runs = [(f"{prefix}{name}_proj.weight", server_rank * local, local) for name in ("gate", "up")]
     yield replace(rows(f"{prefix}gate_up_proj.weight", (2 * local, hidden), runs), layers=layers)
     yield replace(columns(f"{prefix}down_proj.weight", (hidden, local), server_rank * local), layers=layers)
+
+
+def _any_experts(arch: Architecture, experts: Experts, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
+    if experts.is_stacked:
+        return stacked_experts(arch, experts, server.tensor, server_rank)
+    return _experts(arch, experts, server, server_rank)
 
 
 def _experts(arch: Architecture, experts: Experts, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:

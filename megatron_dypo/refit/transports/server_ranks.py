@@ -36,6 +36,10 @@ _FUSION_HINT = (
     "; SGLang has fused the shared experts with the others: start it with --disable-shared-experts-fusion "
     "(rollout.servers.extra_args), or use refit.transport=broadcast or disk"
 )
+_TRANSPOSED_HINT = (
+    "; SGLang's triton_kernels hold experts transposed: start it with --moe-runner-backend triton "
+    "(rollout.servers.extra_args), or use refit.transport=broadcast or disk"
+)
 _NO_INVENTORY = "{}"
 """Value in the store in place of an inventory that will not come, because the server's call has ended."""
 
@@ -120,10 +124,10 @@ class ServerRanks:
         for server, of_server in enumerate(held):
             for server_rank, parameters in enumerate(of_server):
                 shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
-                problems = shape_mismatches(shapes, self._plan.served_shapes(server, server_rank))
+                planned = self._plan.served_shapes(server, server_rank)
+                problems = shape_mismatches(shapes, planned)
                 if problems:
-                    hint = _FUSION_HINT if any("shared_experts" in problem for problem in problems) else ""
-                    raise self._error(server, server_rank, "; ".join(problems) + hint)
+                    raise self._error(server, server_rank, "; ".join(problems) + known_cause(shapes, planned))
 
     def let_connect(self) -> None:
         """Let the server ranks connect, once all inventories are as planned."""
@@ -209,6 +213,17 @@ def shape_mismatches(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[
         if held[name] != planned[name]
     ]
     return problems
+
+
+def known_cause(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[int, ...]]) -> str:
+    """Return the cause of differences and its remedy, as the end of their message; empty if it is not known."""
+    different = [name for name in held.keys() | planned.keys() if held.get(name) != planned.get(name)]
+    if any("shared_experts" in name for name in different):
+        return _FUSION_HINT
+    stacks = [name for name in different if name.endswith(".experts.w13_weight") and name in planned]
+    if any(held.get(name) == (planned[name][0], *reversed(planned[name][1:])) for name in stacks):
+        return _TRANSPOSED_HINT
+    return ""
 
 
 def _note_end(store: dist.Store, server: int, refit: int, _: Future[Any]) -> None:

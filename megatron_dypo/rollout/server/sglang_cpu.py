@@ -11,7 +11,9 @@ Works around, in SGLang 0.5.23: ``sglang/srt/layers/*`` import names of ``sgl_ke
 ``sglang/srt/configs/deepseek_ocr.py`` imports torchvision, for images; its PyPI wheel cannot load its operators beside
 a CPU build of torch, so that the environment has none. Multi-head latent attention would take, for prompts, a path that
 plain torch's backend has not (``models/deepseek_common/attention_backend_handler.py``), and on a CPU only positions
-under yarn (``layers/rotary_embedding/factory.py``, ``get_rope_cpu``).
+under yarn (``layers/rotary_embedding/factory.py``, ``get_rope_cpu``). gpt-oss is refused with plain torch's backend
+(``arg_groups/model_hook.py:536``), whose methods take no sinks and read the keys of windowed layers at the places of
+the others' (``layers/attention/torch_native_backend.py``).
 """
 
 import gc
@@ -23,7 +25,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _FLAGS = ("--device", "cpu", "--attention-backend", "torch_native")
 
@@ -125,6 +127,73 @@ def _serve_latent_attention() -> None:
     handlers.AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
 
+def _serve_sinks() -> None:
+    """Let plain torch's backend serve attention sinks, and windows from the one pool of keys and values that it reads.
+    An SGLang that has not these names serves other models as before."""
+    try:
+        from sglang.srt.arg_groups import model_hook
+        from sglang.srt.arg_groups.model_hook import attention_backends_of as backends
+        from sglang.srt.configs import model_config
+        from sglang.srt.configs.model_config import is_hybrid_swa_model  # noqa: F401 (replaced below)
+        from sglang.srt.layers.attention import torch_native_backend
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+        from sglang.srt.layers.attention.torch_native_backend import scaled_dot_product_attention as attend
+    except ImportError:
+        return
+    model_hook.attention_backends_of = lambda config: tuple(
+        "triton" if name == "torch_native" else name for name in backends(config)
+    )
+    model_config.is_hybrid_swa_model = lambda *_: False
+    of_layer: list[object] = [None]
+
+    def with_sinks(forward: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, sinks: object = None, **kwargs: object) -> object:
+            of_layer[0] = sinks
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                of_layer[0] = None
+
+        return run
+
+    def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        sinks = of_layer[0]
+        if sinks is None:
+            return attend(query, key, value, **options)
+        return _attend_with_sinks(sinks, query, key, value, **options)
+
+    torch_native_backend.scaled_dot_product_attention = attention
+    TorchNativeAttnBackend.forward_extend = with_sinks(TorchNativeAttnBackend.forward_extend)
+    TorchNativeAttnBackend.forward_decode = with_sinks(TorchNativeAttnBackend.forward_decode)
+
+
+def _attend_with_sinks(
+    sinks: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    attn_mask: Any,
+    enable_gqa: bool,
+    scale: float,
+    is_causal: bool,
+) -> Any:
+    """Return attention [1, h, Q, d]; a sink is a score of each head that has no value."""
+    group = query.shape[1] // key.shape[1]
+    assert enable_gqa == (group > 1)
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    scores = (query @ key.transpose(-2, -1)).float() * scale
+    if is_causal:
+        attn_mask = scores.new_ones(scores.shape[-2:]).tril().bool()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    sink = sinks.float()[None, :, None, None]
+    largest = scores.amax(-1, keepdim=True).maximum(sink)
+    shares = (scores - largest).exp()
+    weights = shares / (shares.sum(-1, keepdim=True) + (sink - largest).exp())
+    return weights.to(value.dtype) @ value
+
+
 _stub_kernels()
 _stub_torchvision()
 
@@ -141,6 +210,7 @@ def main() -> None:
     from sglang.srt.utils import kill_process_tree
 
     _serve_latent_attention()
+    _serve_sinks()
     gc.freeze()
     gc.enable()
     try:

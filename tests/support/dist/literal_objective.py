@@ -41,11 +41,12 @@ def literal_gradients(path: str, groups: Sequence[Group], cfg: ObjectiveConfig) 
 
 
 def hf_gradients(model: Any) -> Arrays:
-    """Return gradients under the names of a model folder, in which each expert has tensors of its own."""
+    """Return gradients under the names of a model folder, in which each expert has tensors of its own. Those of gpt-oss
+    have one tensor for all experts, as transformers has."""
     gradients: Arrays = {}
     for name, parameter in model.named_parameters():
         head, is_expert, kind = name.partition(".mlp.experts.")
-        if not is_expert:
+        if not is_expert or model.config.model_type == "gpt_oss":
             gradients[name] = parameter.grad.numpy()
             continue
         for expert, grad in enumerate(parameter.grad):

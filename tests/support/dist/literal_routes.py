@@ -19,10 +19,13 @@ def routed(model: Any, sample: Sample) -> Iterator[None]:
     if sample.routes is None:
         yield
         return
-    gates = {i: layer.mlp.gate for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
+    is_gpt_oss = model.config.model_type == "gpt_oss"
+    name = "router" if is_gpt_oss else "gate"
+    gates = {i: getattr(layer.mlp, name) for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, name)}
     before = [gate.forward for gate in gates.values()]
     for index, gate in gates.items():
-        gate.forward = _router(gate, sample.routes[:, index])
+        bias, is_normalized = (gate.bias, True) if is_gpt_oss else (None, gate.norm_topk_prob)
+        gate.forward = _router(gate, bias, is_normalized, sample.routes[:, index])
     try:
         yield
     finally:
@@ -30,12 +33,12 @@ def routed(model: Any, sample: Sample) -> Iterator[None]:
             gate.forward = forward
 
 
-def _router(gate: Any, routes_LK: Routes) -> Any:
+def _router(gate: Any, bias: Tensor | None, is_normalized: bool, routes_LK: Routes) -> Any:
     unknown = np.iinfo(routes_LK.dtype).max
     is_sigmoid = hasattr(gate, "e_score_correction_bias")
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden.reshape(-1, gate.hidden_dim) @ gate.weight.T
+        logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight, bias)
         scores = torch.sigmoid(logits) if is_sigmoid else torch.softmax(logits, dim=-1)
         rows = []
         for position, row in enumerate(scores + gate.e_score_correction_bias if is_sigmoid else logits):
@@ -43,7 +46,7 @@ def _router(gate: Any, routes_LK: Routes) -> Any:
             rows.append(torch.topk(row, gate.top_k).indices if unknown in given else torch.tensor(given))
         chosen = torch.stack(rows)
         weights = scores.gather(1, chosen)
-        if gate.norm_topk_prob:
+        if is_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if is_sigmoid:
             weights = gate.routed_scaling_factor * weights

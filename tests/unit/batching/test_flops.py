@@ -43,6 +43,15 @@ def test_cost_is_linear_quadratic_and_per_response_token():
     assert cost(4, 3) == 2 * 4 + 0.5 * 16 + 10 * 3
 
 
+def test_a_window_costs_the_pairs_of_tokens_that_see_each_other():
+    cost = SequenceCost(linear=0.0, quadratic=0.0, response=0.0, windowed=1.0, window=4)
+    for num_tokens in (1, 3, 4, 5, 50):
+        pairs = sum(min(token + 1, 4) for token in range(num_tokens))
+        # L²/2 stands for L · (L + 1) / 2, and here for the first tokens alone.
+        assert cost(num_tokens, 0) / 2 == pairs - min(num_tokens, 4) / 2
+    assert cost(4, 0) == SequenceCost(linear=0.0, quadratic=1.0, response=0.0)(4, 0)
+
+
 def test_of_experts_those_count_that_a_token_visits():
     _, arch = tiny("qwen3")
     experts = Experts(

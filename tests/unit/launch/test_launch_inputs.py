@@ -59,6 +59,28 @@ def test_sequences_that_fit_a_sliding_window_are_accepted(tmp_path: Path) -> Non
     assert check_inputs(case(tmp_path, model=MISTRAL, **lengths(64, 64, 64))).problems == []
 
 
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+}
+
+
+def test_experts_in_mxfp4_are_refused_where_servers_would_be_refitted(tmp_path: Path) -> None:
+    assert check_inputs(case(tmp_path, model=GPT_OSS, **lengths(64, 65, 65))).problems == []
+    published = {**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}
+    (problem,) = check_inputs(case(tmp_path, model=published)).problems
+    assert "servers would serve it with experts in MXFP4 (quantization_config of its config.json), which no" in problem
+    alone = case(tmp_path, model=published, objective={"name": "sft"}, eval={"sets": {}})
+    assert check_inputs(alone).problems == []
+
+
 @pytest.mark.parametrize(("response", "trace"), [(65, 20), (20, 65)])
 def test_a_sliding_window_that_cuts_responses_or_traces_is_refused(response: int, trace: int, tmp_path: Path) -> None:
     (problem,) = check_inputs(case(tmp_path, model=MISTRAL, **lengths(64, response, trace))).problems

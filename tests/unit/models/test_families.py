@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,19 @@ def test_fused_norm_names_of_te_are_aliases(fused, plain):
     assert match(prefix + fused, arch) == match(prefix + plain, arch)
     expected = (f"decoder.layers.{fused}", (2,))
     assert stored_key(prefix + fused, arch) == stored_key(prefix + plain, arch) == expected
+
+
+def test_parameters_of_a_switch_are_there_if_the_switch_is_on():
+    arch = make_arch("glm4_moe")
+    without = {
+        "self_attention.linear_qkv.bias": replace(arch, qkv_bias=False),
+        "self_attention.q_layernorm.weight": replace(arch, qk_norm=False),
+        "self_attention.k_layernorm.weight": replace(arch, qk_norm=False),
+    }
+    for name, off in without.items():
+        assert match(f"decoder.layers.2.{name}", arch).hf
+        with pytest.raises(ValueError, match=f"^decoder.layers.2.{name}: no rule of family 'glm4_moe' matches"):
+            match(f"decoder.layers.2.{name}", off)
 
 
 def test_rows_carry_the_layer_index():

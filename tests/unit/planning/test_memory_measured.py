@@ -23,6 +23,8 @@ SLOW = (
     "fp32, latent attention, TP2, SP",
     "bf16, shared experts",
     "fp32, shared experts, TP2, SP",
+    "bf16, gpt-oss",
+    "fp32, gpt-oss, TP2, SP",
 )
 
 

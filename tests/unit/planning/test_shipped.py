@@ -24,6 +24,8 @@ PARAMETERS = {
     "qwen3-30b-a3b": 30.53e9,
     "qwen3-235b-a22b": 235.09e9,
     "smollm2-135m": 134.5e6,
+    "gpt-oss-20b": 20.91e9,
+    "gpt-oss-120b": 116.83e9,
 }
 """Published numbers of parameters (model cards), without layers that predict further tokens."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -93,10 +93,17 @@ def all_sends(plan: RefitPlan) -> list[Transfer]:
 
 
 def execute(
-    transfers: list[Transfer], trainer: Trainer, hf: dict[str, Matrix], shapes: dict[str, tuple[int, ...]]
+    transfers: list[Transfer],
+    trainer: Trainer,
+    hf: dict[str, Matrix],
+    shapes: dict[str, tuple[int, ...]],
+    columns: Mapping[str, int],
 ) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
     """Execute the transfers; return the parameters of all server ranks, and how often each element was written."""
-    made = {name: np.zeros((math.prod(s[:-1]), s[-1]) if len(s) > 1 else (s[0], 1), int) for name, s in shapes.items()}
+    made = {}
+    for name, shape in shapes.items():
+        width = columns.get(name, shape[-1] if len(shape) > 1 else 1)
+        made[name] = np.zeros((math.prod(shape) // width, width), int)
     writes = {name: np.zeros_like(array) for name, array in made.items()}
     for t in transfers:
         source = trainer.parameter(t.source, t.source_name)
@@ -121,14 +128,28 @@ def cases_and_formats(draw: st.DrawFn) -> tuple[Case, Quantization]:
 def assert_filled_once(made: dict[str, Matrix], writes: dict[str, Matrix], expected: dict[str, Tensor]) -> None:
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert np.array_equal(made[name], matrix(tensor)), name
-        assert np.array_equal(writes[name], matrix(tensor) != 0), name
+        whole = tensor.reshape(made[name].shape).numpy()
+        assert np.array_equal(made[name], whole), name
+        assert np.array_equal(writes[name], whole != 0), name
 
 
 @given(cases_and_formats())
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_served_element_is_written_once_from_the_right_one_by_a_rank_that_holds_it(drawn):
     assert_plan_is_right(*drawn)
+
+
+@given(cases(families=("gpt_oss",)))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_element_of_alternating_gates_and_values_is_written_once(case):
+    assert_plan_is_right(case, "none")
+
+
+def test_servers_that_share_out_or_cannot_split_stacked_experts_are_refused():
+    with pytest.raises(ValueError, match=r"^server expert=2: must be 1 for a gpt_oss model: SGLang loads stacked"):
+        make_plan(make_arch("gpt_oss"), Mesh(), [ServerMesh(tensor=2, expert=2)])
+    with pytest.raises(ValueError, match=r"^server tensor=2: does not divide intermediate_size=7$"):
+        make_plan(make_arch("gpt_oss"), Mesh(), [ServerMesh(tensor=2)])
 
 
 @given(cases(families=("deepseek_v3",)))
@@ -174,7 +195,8 @@ def assert_plan_is_right(case, quantization):
             values = [t for t in by_server_rank[number, server_rank] if t.part == "value"]
             shapes = plan.served_shapes(number, server_rank)
             assert {name: shapes[name] for name in expected} == {name: t.shape for name, t in expected.items()}
-            assert_filled_once(*execute(values, trainer, matrices, {name: shapes[name] for name in expected}), expected)
+            shapes_of_values, columns = {n: shapes[n] for n in expected}, plan.matrix_columns(number, server_rank)
+            assert_filled_once(*execute(values, trainer, matrices, shapes_of_values, columns), expected)
             own_bytes = sum(
                 int(t.count_nonzero()) * (1 if quantization != "none" and is_linear(name) else ELEMENT_SIZE)
                 for name, t in expected.items()
@@ -255,7 +277,7 @@ def assert_scales_arrive(
             received = [t for t in plan.receives(number, server_rank) if t.part == "scale"]
             shapes = {name: s for name, s in plan.served_shapes(number, server_rank).items() if name.endswith(kind)}
             assert shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
-            assert_filled_once(*execute(received, trainer, matrices, shapes), expected)
+            assert_filled_once(*execute(received, trainer, matrices, shapes, {}), expected)
 
 
 @given(cases(unit=BLOCK, families=QUANTIZABLE))

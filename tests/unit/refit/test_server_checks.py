@@ -1,5 +1,9 @@
 """A server that samples from another policy than the trainer's gets no weights."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 
 from megatron_dypo.models.architecture import architecture_from_hf
@@ -21,6 +25,19 @@ def server():
         expert_parallel=1,
         custom_loaders=(),
     )
+
+
+def test_a_server_of_experts_in_mxfp4_is_refused(tmp_path: Path) -> None:
+    raw = smallest("gpt_oss")
+    served = dataclasses.replace(server(), model_type="gpt_oss", model_path=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    arch = architecture_from_hf(raw, where="")
+    check_server(served, arch)
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(
+        ServerError, match=r"^http://a:1: serves .* with experts in MXFP4 .* convert the folder to bf16"
+    ):
+        check_server(served, arch)
 
 
 def test_an_attention_factor_that_sglang_passes_over_is_refused():

@@ -14,9 +14,9 @@ from tests.support.te.run import VERSIONS, run_with_te, te_folder
 
 pytestmark = pytest.mark.parametrize("version", VERSIONS)
 
-KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air")
-"""Dense without and with biases, with norms of queries and keys, with experts, with latent attention, and with experts
-behind a dense layer and beside an MLP."""
+KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air", "gpt_oss")
+"""Dense without and with biases, with norms of queries and keys, with experts, with latent attention, with experts
+behind a dense layer and beside an MLP, and with sinks and biases of experts."""
 DENSE_LINEARS = ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 LINEARS_OF_EXPERTS = [
     "TEColumnParallelGroupedLinear",
@@ -25,7 +25,12 @@ LINEARS_OF_EXPERTS = [
     "TERowParallelLinear",
 ]
 LATENT_LINEARS = sorted({*LINEARS_OF_EXPERTS, "TEColumnParallelLinear", "TELinear"})
-LINEARS = {"qwen3_moe": LINEARS_OF_EXPERTS, "deepseek_v3": LATENT_LINEARS, "moonlight": LATENT_LINEARS}
+LINEARS = {
+    "qwen3_moe": LINEARS_OF_EXPERTS,
+    "gpt_oss": LINEARS_OF_EXPERTS,
+    "deepseek_v3": LATENT_LINEARS,
+    "moonlight": LATENT_LINEARS,
+}
 LINEARS |= dict.fromkeys(("glm4_moe", "glm4_air"), sorted({*LINEARS_OF_EXPERTS, "TEColumnParallelLinear"}))
 
 
