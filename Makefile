@@ -186,7 +186,7 @@ test-core: setup setup-core  ## Run some tests on the newest Megatron-Core inste
 	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
 
 test-megatron-bridge: setup setup-megatron-bridge  ## Run the tests of models that Megatron-Bridge names.
-	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q $(BRIDGE_TESTS)
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q $(BRIDGE_TESTS) -n $(TEST_WORKERS) --dist loadfile
 
 test-versions: setup  ## Build environments of all supported Pythons and cores, and test them (hours; VERSIONS=, PYTHONS=).
 	@$(BIN)/python tools/versions.py $(VERSIONS) $(addprefix --python ,$(PYTHONS))
