@@ -52,7 +52,14 @@ def _status(plan: Plan, results: Results | None) -> str:
     missing = [f"{label}: {why}" for found in results["tasks"].values() for label, why in found["missing"].items()]
     unseen = [f"{task}: not run" for task in plan.tasks if task not in results["tasks"]]
     lack = f" Missing: {'; '.join([*unseen, *missing])}." if missing or unseen else " No run is missing."
-    return f"Run at commit {results['commit']} ({results['machine']}).{lack} {run}"
+    return f"Run at commit {results['commit']} ({results['machine']}).{lack} {run}{_explanation(plan)}"
+
+
+def _explanation(plan: Plan) -> str:
+    """Return a sentence with the link to the page that explains the results; nothing if there is none."""
+    if plan.explanation is None:
+        return ""
+    return f" [What the probe explains]({Path(plan.explanation).name}) measures the paper's assumptions on these runs."
 
 
 def _fixed(plan: Plan) -> Iterable[str]:

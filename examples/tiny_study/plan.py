@@ -53,6 +53,8 @@ class Plan:
     """Markdown page with the results. Its source and its figures are in a folder of the page's name."""
     command: str
     """The words that run the study, for the page."""
+    explanation: str | None = None
+    """Page beside ``page``, written by hand, that explains the results; a page with results links to it."""
     tasks: tuple[str, ...]
     steps: int
     learning_rates: tuple[float, ...]

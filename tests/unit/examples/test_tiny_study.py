@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import yaml
 from model import write_model, write_tokenizer
+from scipy import stats
 from tiny_study import additions, questions, sorting
 from tiny_study.budget import budget, budget_table, cell_seconds, hours, steps_with_rollouts
 from tiny_study.inputs import TASKS, TOKENS, data_path, start_path
+from tiny_study.over_steps import interval
 from tiny_study.page import NOT_RUN, current_page, render_page
 from tiny_study.plan import Plan, read_plan
 from tiny_study.records import take_records
+from tiny_study.results import read_results
 from tiny_study.specs import DIVERGED, arm_name, chosen_rates, final_spec, results_path, tuning_spec
 
 from megatron_dypo.check.survey import survey
@@ -282,6 +285,23 @@ def test_steps_that_learn_from_traces_alone_cost_less() -> None:
 def test_the_committed_page_is_rendered_from_the_plan_and_the_committed_results(name: str) -> None:
     for path, text in current_page(PLANS[name]).items():
         assert (ROOT / path).read_text() == text, "run: python examples/tiny_study/run.py PLAN --page"
+
+
+def test_a_page_with_results_links_to_the_explanation_that_is_written_by_hand() -> None:
+    assert STUDY.explanation is not None
+    assert (ROOT / STUDY.explanation).is_file()
+    link, results = "](results_explained.md)", read_results(STUDY)
+    assert link in render_page(STUDY, results)
+    assert link not in render_page(STUDY, None)
+    assert link not in render_page(dataclasses.replace(STUDY, explanation=None), results)
+
+
+def test_an_interval_over_seeds_is_students_and_needs_two_of_them() -> None:
+    values = [0.2, 0.3, 0.25, 0.4, 0.31]
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
+    assert interval(values) == f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
+    assert interval([0.2]) == "0.200"
+    assert interval([]) == "–"
 
 
 def test_a_page_without_results_says_so_and_has_no_figure_of_a_result(fake: Plan) -> None:

@@ -82,6 +82,21 @@ def test_a_study_that_is_stopped_and_killed_chooses_rates_and_runs_no_cell_twice
     assert {path.name: path.read_bytes() for path in (tmp_path / "docs" / "fake").iterdir()} == again
 
 
+def over_steps(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT.with_name("over_steps.py")), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_metric_over_the_steps_is_a_mean_over_the_seeds_of_each_method(tmp_path: Path) -> None:
+    plan = ("--plan", str(write_plan(tmp_path)))
+    finish(start(Path(plan[1])))
+    found = over_steps("train/grad_norm", "dypo", "grpo", "--parts=2", *plan)
+    rows = [f"| {name} | 1.500 [1.500, 1.500] | 3.000 [3.000, 3.000] |" for name in ("dypo", "grpo")]
+    assert found.stdout.splitlines() == ["| train/grad_norm | steps 1 to 2 | steps 3 to 3 |", "|---|---|---|", *rows]
+    assert "error: dipo: no finished run of that name" in over_steps("train/grad_norm", "dipo", *plan).stderr
+    assert "error: gal/etta: no run of dypo has this metric" in over_steps("gal/etta", "dypo", *plan).stderr
+
+
 def archive(verb: str, plan: Path) -> None:
     command = [sys.executable, str(SCRIPT.with_name("archive.py")), verb, str(plan)]
     finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dypo.objective.advantage import group_advantages
 from megatron_dypo.objective.gal import gal_coefficients, gal_statistics
 
 
@@ -83,3 +84,15 @@ def test_bad_shapes_and_beta_are_refused():
         gal_coefficients(torch.zeros(3), torch.zeros(2), 1.0)
     with pytest.raises(ValueError, match=r"beta=0\.0: must be positive"):
         gal_coefficients(torch.zeros(2), torch.tensor([True, False]), 0.0)
+
+
+@pytest.mark.parametrize("successes", range(1, 8))
+def test_at_the_reference_gal_is_grpo_times_a_number_of_at_least_beta(successes):
+    """docs/results_explained.md: β·k/(2·√(|S||F|)), times √(k/(k−1)) for the sample standard deviation."""
+    size, beta = 8, 1.0
+    reward_G = (torch.arange(size) < successes).double()
+    grpo_G = -group_advantages(reward_G, epsilon=1e-12) / size
+    gal_G = gal_coefficients(torch.zeros(size).double(), reward_G.bool(), beta)
+    factor = beta * size / (2 * math.sqrt(successes * (size - successes))) * math.sqrt(size / (size - 1))
+    assert factor > beta
+    torch.testing.assert_close(gal_G, factor * grpo_G)
