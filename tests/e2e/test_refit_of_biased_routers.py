@@ -7,16 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from megatron_dypo.rollout.server.servers import ServerPool
-from tests.support.dist.spawn import run_ranks
-from tests.support.e2e.refitting_ranks import Servers, Trainer, ask
-from tests.support.hf_models import import_transformers, make_hf_model
+from tests.support.e2e.refitted_logps import assert_served
+from tests.support.e2e.refitting_ranks import Servers
+from tests.support.hf_models import make_hf_model
 
-TOKENS = list(range(3, 40))
 # On a CPU SGLang pads experts to a multiple of 64 features, which planned refits refuse.
 FEATURES: dict[str, Any] = {"moe_intermediate_size": 64}
 # The same on each of two ranks, and heads of a multiple of 32 channels.
@@ -28,13 +25,6 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "glm4_moe_yarn": (1, FEATURES),
 }
 """Kind of model → tensor-parallel ranks of the server, and sizes that it does not pad."""
-NEW_TOKENS = 4
-BODY = {
-    "input_ids": TOKENS,
-    "sampling_params": {"max_new_tokens": NEW_TOKENS},
-    "return_logprob": True,
-    "logprob_start_len": 0,
-}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -51,36 +41,8 @@ def servers(kind: str, sglang_servers: Callable[..., ServerPool], tmp_path_facto
     return Servers(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
 
 
-def rank_refits(servers: Servers, models: dict[str, str], axes: dict[str, Any]) -> dict[str, Any]:
-    """Refit the model of each transport; return, on rank 0, the server's answer about :data:`TOKENS` after each."""
-    from megatron_dypo.parallel.groups import close
-
-    trainer, seen = Trainer(servers, **axes), {}
-    for version, (transport, model) in enumerate(models.items(), start=1):
-        trainer.become(model)
-        refitter = trainer.refitter(transport=transport)
-        refitter.refit(version)
-        refitter.close()
-        if trainer.layout.rank == 0:
-            seen[transport] = ask(servers, servers.urls[0], "/generate", BODY)["meta_info"]
-    close(trainer.layout)
-    return seen
-
-
 def test_the_server_samples_from_what_was_refitted(kind: str, servers: Servers, tmp_path: Path) -> None:
-    seeds = {"broadcast": 1, "p2p": 2, "local": 3, "disk": 4}
-    models = {name: make_hf_model(kind, tmp_path / name, seed=seed, **KINDS[kind][1]) for name, seed in seeds.items()}
-    axes = {"tensor": 2, "sequence": True, "expert": 2}
-    seen = run_ranks(2, rank_refits, servers, {name: str(path) for name, path in models.items()}, axes)[0]
-    for transport, model in models.items():
-        meta = seen[transport]
-        new = [entry[1] for entry in meta["output_token_logprobs"]]
-        served = [entry[0] for entry in (*meta["input_token_logprobs"][1:], *meta["output_token_logprobs"])]
-        np.testing.assert_allclose(served, _logps(model, [*TOKENS, *new]), atol=1e-5, rtol=0, err_msg=transport)
+    def make(path: Path, seed: int) -> Path:
+        return make_hf_model(kind, path, seed=seed, **KINDS[kind][1])
 
-
-@torch.no_grad()
-def _logps(model: Path, tokens: list[int]) -> np.ndarray:
-    oracle = import_transformers().AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    logp_LV = torch.log_softmax(oracle(torch.tensor(tokens)[None]).logits[0], dim=-1)
-    return logp_LV[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+    assert_served(servers, make, tmp_path)
