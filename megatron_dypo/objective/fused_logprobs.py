@@ -9,6 +9,7 @@ size; ranks hold the vocabulary in their order.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dypo.objective.exponentials import exp_and_sums, weigh_by_gradients
+from megatron_dypo.objective.exponentials import Exponentials, RowGradients, RowSums, TorchExponentials
 from megatron_dypo.objective.projection import Projection
 
 _AUTOMATIC_FLOOR = 256 * 2**20
-_LOGITS_SHARE, _SCRATCH_SHARE = 0.75, 0.125
+_BLOCKS_SHARE = 0.125
+"""Share of the memory budget for blocks of operands that are converted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +114,10 @@ class _Call:
     needs_backward: bool
     """Whether a backward pass may follow."""
 
-    def chunks(self, num_rows: int) -> list[slice]:
+    def chunks(self, num_rows: int, exponentials: Exponentials) -> list[slice]:
         """Cut the rows into chunks of nearly equal size whose logits fit into the budget. The last chunk is the
         largest."""
-        most = max(1, int(self.memory_budget * _LOGITS_SHARE) // (self.width * self.dtype.itemsize))
+        most = max(1, exponentials.num_logits(self.memory_budget) // self.width)
         count = -(-num_rows // most)
         return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
 
@@ -124,13 +126,16 @@ class _Call:
         rows = chunks[-1].stop - chunks[-1].start if chunks else 0
         return torch.empty(rows, self.width, dtype=self.dtype, device=like.device)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes for a copy of a part of the chunk, or of the weight."""
-        return int(self.memory_budget * _SCRATCH_SHARE)
-
     def projection(self, weight_VH: Tensor) -> Projection:
-        return Projection(weight_VH[: self.width], self.dtype, self.scratch_bytes)
+        return Projection(weight_VH[: self.width], self.dtype, int(self.memory_budget * _BLOCKS_SHARE))
+
+    def exponentials(self, projection: Projection, device: torch.device) -> Exponentials:
+        if device.type == "cuda" and self.dtype == torch.float32 and importlib.util.find_spec("triton") is not None:
+            from megatron_dypo.objective import exponentials_triton
+
+            if exponentials_triton.works_on(device):
+                return exponentials_triton.TritonExponentials(projection.operand)
+        return TorchExponentials(self.dtype, self.memory_budget)
 
     def columns(self, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return [N] the column of each target (0 for a target of another rank) and [N] whether it is on this rank."""
@@ -145,24 +150,29 @@ class _Call:
 
 
 class _FusedLogProbs(torch.autograd.Function):
-    """The function and its backward pass. It keeps the logits of the last chunk, where the backward pass starts."""
+    """The function and its backward pass. It keeps the last chunk, where the backward pass starts."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor | None]:
-        projection, chunks = call.projection(weight_VH), call.chunks(len(hidden_NH))
+        projection = call.projection(weight_VH)
+        exponentials = call.exponentials(projection, hidden_NH.device)
+        chunks = call.chunks(len(hidden_NH), exponentials)
         buffer_RV = call.buffer(chunks, hidden_NH)
         column_N, is_here_N = call.columns(targets_N)
         rank_top_N, chosen_N, sum_N, weighted_N = hidden_NH.new_zeros(4, len(hidden_NH), dtype=call.dtype)
-        exp_RV = buffer_RV
+        chunk_RV = buffer_RV
         for rows in chunks:
-            exp_RV = buffer_RV[: rows.stop - rows.start]
-            projection.logits(hidden_NH[rows], call.scale, exp_RV)
-            chosen_N[rows] = exp_RV.gather(1, column_N[rows, None])[:, 0]
-            torch.amax(exp_RV, dim=1, out=rank_top_N[rows])
-            exp_RV -= rank_top_N[rows, None]
-            exp_and_sums(exp_RV, sum_N[rows], weighted_N[rows] if call.with_entropy else None, call.scratch_bytes)
+            chunk_RV = buffer_RV[: rows.stop - rows.start]
+            projection.logits(hidden_NH[rows], call.scale, chunk_RV)
+            sums = RowSums(
+                top_R=rank_top_N[rows],
+                chosen_R=chosen_N[rows],
+                sum_R=sum_N[rows],
+                weighted_R=weighted_N[rows] if call.with_entropy else None,
+            )
+            exponentials.sums(chunk_RV, column_N[rows], sums)
 
         chosen_N.masked_fill_(~is_here_N, float("-inf"))
         top_N, chosen_N = call.reduce(torch.stack((rank_top_N, chosen_N)), dist.ReduceOp.MAX)
@@ -174,8 +184,9 @@ class _FusedLogProbs(torch.autograd.Function):
         # Σ p·s, the mean of the logits below their top under π: H = log Σ exp(s) − Σ p·s.
         mean_N = weighted_N.div_(sum_N) if call.with_entropy else None
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.kept = call, (exp_RV, lift_N) if call.needs_backward else None
+        ctx.call, ctx.kept = call, chunk_RV if call.needs_backward else None
         if call.needs_backward:
+            ctx.lift_N = lift_N if call.group is not None else None
             ctx.save_for_backward(hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N, mean_N)
         # Not chosen − (top + log sum): that would lose the small log sum beside large logits.
         return (chosen_N - top_N) - sum_N.log(), sum_N.log() - mean_N if mean_N is not None else None
@@ -185,7 +196,6 @@ class _FusedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N, mean_N = ctx.saved_tensors
         call: _Call = ctx.call
-        chunks = call.chunks(len(hidden_NH))
         # d log π/d logit = onehot − exp/sum. The factor 1/sum of a row is applied to the narrow operands.
         onehot_N, factor_N1 = torch.where(is_here_N, sum_N, 0.0), (-call.scale / sum_N)[:, None]
         logp_grad_N = grads[0] if grads[0] is not None else torch.zeros_like(sum_N)
@@ -193,14 +203,22 @@ class _FusedLogProbs(torch.autograd.Function):
             factor_N1 = factor_N1 * logp_grad_N[:, None]
         else:  # the rows are weighted by their gradients, and so is the chosen one
             onehot_N = onehot_N * logp_grad_N
+        terms = RowGradients(
+            column_R=column_N,
+            top_R=top_N,
+            lift_R=ctx.lift_N,
+            onehot_R=onehot_N,
+            logp_grad_R=logp_grad_N,
+            entropy_grad_R=grads[1],
+            mean_R=mean_N,
+        )
+        projection = call.projection(weight_VH)
+        exponentials = call.exponentials(projection, hidden_NH.device)
         grad_NH = torch.empty_like(hidden_NH)
         total_VH = _weight_gradient(ctx, weight_VH)
-        for rows, exp_RV in _exponentials(ctx, chunks, hidden_NH, weight_VH, top_N):
-            if grads[1] is not None:
-                weigh_by_gradients(exp_RV, logp_grad_N[rows], grads[1][rows], mean_N[rows], call.scratch_bytes)
-            exp_RV[torch.arange(len(exp_RV), device=exp_RV.device), column_N[rows]] -= onehot_N[rows]
-            hidden_RH = hidden_NH[rows] * factor_N1[rows]
-            grad_RH = call.projection(weight_VH).backward(exp_RV, hidden_RH, total_VH)
+        for rows, chunk_RV, has_sums in _chunks_of_logits(ctx, projection, exponentials, hidden_NH):
+            grad_RV = exponentials.gradients(chunk_RV, terms.of(rows), has_sums=has_sums)
+            grad_RH = projection.backward(grad_RV, hidden_NH[rows] * factor_N1[rows], total_VH)
             grad_NH[rows] = grad_RH.mul_(factor_N1[rows])
         if call.sink is not None:
             return grad_NH, call.sink.done(), None, None
@@ -216,25 +234,21 @@ def _weight_gradient(ctx: Any, weight_VH: Tensor) -> Tensor | None:
     return torch.zeros(weight_VH.shape, dtype=ctx.call.dtype, device=weight_VH.device)
 
 
-def _exponentials(
-    ctx: Any, chunks: list[slice], hidden_NH: Tensor, weight_VH: Tensor, top_N: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield exp(logit − top) of each chunk, the last chunk first. All share one buffer, which the caller may
-    overwrite."""
+def _chunks_of_logits(
+    ctx: Any, projection: Projection, exponentials: Exponentials, hidden_NH: Tensor
+) -> Iterator[tuple[slice, Tensor, bool]]:
+    """Yield the rows of each chunk, the last chunk first; its logits; and whether those are what ``sums`` left. All
+    share one buffer, which the caller may overwrite."""
+    call: _Call = ctx.call
+    chunks = call.chunks(len(hidden_NH), exponentials)
     if not chunks:
         return
-    call: _Call = ctx.call
-    kept, ctx.kept = ctx.kept, None  # overwritten below; a second backward pass computes it again
-    if kept is None:
+    buffer_RV, ctx.kept = ctx.kept, None  # overwritten below; a second backward pass computes it again
+    if buffer_RV is None:
         buffer_RV = call.buffer(chunks, hidden_NH)
     else:
-        buffer_RV, lift_N = kept
-        last = chunks.pop()
-        if call.group is not None:
-            buffer_RV *= lift_N[last, None].exp()
-        yield last, buffer_RV
+        yield chunks.pop(), buffer_RV, True
     for rows in reversed(chunks):
-        exp_RV = buffer_RV[: rows.stop - rows.start]
-        call.projection(weight_VH).logits(hidden_NH[rows], call.scale, exp_RV)
-        exp_RV -= top_N[rows, None]
-        yield rows, exp_RV.exp_()
+        chunk_RV = buffer_RV[: rows.stop - rows.start]
+        projection.logits(hidden_NH[rows], call.scale, chunk_RV)
+        yield rows, chunk_RV, False

@@ -14,9 +14,9 @@ from torch import Tensor
 class Projection:
     """An output weight as the operand of three matmuls: logits, gradient of the hidden states, its own gradient.
 
-    On an accelerator a weight in bf16 or fp16 is multiplied as it is: matmuls there accumulate and return fp32. Only
-    the gradient of the logits is converted. On a CPU a matmul of bf16 returns bf16, so the weight is converted to fp32.
-    Operands that must be converted are cut into blocks of the vocabulary; otherwise one matmul takes all of it.
+    On an accelerator a weight in bf16 or fp16 is multiplied as it is: matmuls there accumulate and return fp32. A
+    gradient of the logits in fp32 is converted. On a CPU a matmul of bf16 returns bf16, so the weight is converted to
+    fp32. Operands that must be converted are cut into blocks of the vocabulary; otherwise one matmul takes all of it.
     """
 
     def __init__(self, weight_VH: Tensor, dtype: torch.dtype, scratch_bytes: int) -> None:
@@ -29,20 +29,22 @@ class Projection:
         self.dtype = dtype
         self._weight_VH, self._scratch_bytes = weight_VH, scratch_bytes
         is_narrow = weight_VH.dtype in (torch.bfloat16, torch.float16)
-        self._operand = weight_VH.dtype if is_narrow and weight_VH.device.type != "cpu" else dtype
+        self.operand = weight_VH.dtype if is_narrow and weight_VH.device.type != "cpu" else dtype
+        """Type in which the matmuls take their operands."""
 
     def logits(self, hidden_RH: Tensor, scale: float, out_RV: Tensor) -> None:
         """out = scale · hidden @ weightᵀ."""
-        hidden_RH = hidden_RH.to(self._operand)
+        hidden_RH = hidden_RH.to(self.operand)
         for columns, block_BH in self._blocks(num_gradients=0):
             _addmm(out_RV[:, columns], hidden_RH, block_BH.t(), beta=0, alpha=scale)
 
     def backward(self, grad_RV: Tensor, hidden_RH: Tensor, weight_grad_VH: Tensor | None) -> Tensor:
         """grad @ weight [R, H]; and weight_grad += gradᵀ @ hidden, where one is wanted."""
-        hidden_RH = hidden_RH.to(self._operand)
+        hidden_RH = hidden_RH.to(self.operand)
         total_RH = torch.zeros(hidden_RH.shape, dtype=self.dtype, device=hidden_RH.device)
-        for columns, block_BH in self._blocks(num_gradients=len(grad_RV)):
-            block_RB = grad_RV[:, columns].to(self._operand)
+        num_converted = len(grad_RV) if grad_RV.dtype != self.operand else 0
+        for columns, block_BH in self._blocks(num_gradients=num_converted):
+            block_RB = grad_RV[:, columns].to(self.operand)
             _addmm(total_RH, block_RB, block_BH)
             if weight_grad_VH is not None:
                 _addmm(weight_grad_VH[columns], block_RB.t(), hidden_RH)
@@ -50,15 +52,14 @@ class Projection:
 
     def _blocks(self, *, num_gradients: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield columns of the logits and the operand for them. ``num_gradients`` values are converted for a column."""
-        converted = self._weight_VH.shape[1] if self._weight_VH.dtype != self._operand else 0
-        converted += num_gradients if self._operand != self.dtype else 0
+        converted = num_gradients + (self._weight_VH.shape[1] if self._weight_VH.dtype != self.operand else 0)
         width = len(self._weight_VH)
         if converted:
-            width = min(width, max(1, self._scratch_bytes // (converted * self._operand.itemsize)))
+            width = min(width, max(1, self._scratch_bytes // (converted * self.operand.itemsize)))
         for start in range(0, len(self._weight_VH), width):
             # Stop at the last row: the gradient may have more rows, for padding.
             columns = slice(start, min(start + width, len(self._weight_VH)))
-            yield columns, self._weight_VH[columns].to(self._operand)
+            yield columns, self._weight_VH[columns].to(self.operand)
 
 
 def _addmm(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.support.present import present
@@ -82,3 +86,15 @@ def gradient_error(ours: Tensor, expected: Tensor) -> float:
     largest = float(expected.abs().max())
     error = float((ours.double() - expected).abs().max())
     return error / largest if largest > 1e-300 else error
+
+
+def over_ranks(size: int, work: Callable[[int, dist.ProcessGroup], Any]) -> list[Any]:
+    """Return the results of ``work(rank, group)`` on each of ``size`` ranks, which are threads."""
+    store, deadline = dist.HashStore(), timedelta(seconds=60)
+
+    def rank_work(rank: int) -> Any:
+        group: Any = dist.ProcessGroupGloo(store, rank, size, deadline)
+        return work(rank, group)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank_work, range(size)))

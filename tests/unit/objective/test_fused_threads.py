@@ -1,11 +1,7 @@
 """Fused log-probs with the vocabulary split over ranks, which are threads of this process over real gloo groups."""
 
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_dypo.objective.fused_logprobs import fused_logprobs
 from tests.support.fused_cases import (
@@ -14,21 +10,11 @@ from tests.support.fused_cases import (
     ONE_ROW,
     THREE_ROWS,
     gradient_error,
+    over_ranks,
     reference,
     relative_error,
     weighted_sum,
 )
-
-
-def over_ranks(size, work):
-    """Return the results of ``work(rank, group)`` on each of ``size`` ranks."""
-    store, deadline = dist.HashStore(), timedelta(seconds=60)
-
-    def rank_work(rank):
-        return work(rank, dist.ProcessGroupGloo(store, rank, size, deadline))
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(rank_work, range(size)))
 
 
 @pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
