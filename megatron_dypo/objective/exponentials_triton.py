@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import torch
 import triton
@@ -97,12 +96,13 @@ def works_on(device: torch.device) -> bool:
         TritonExponentials(torch.float32).sums(one, torch.zeros(1, dtype=torch.int64, device=device), sums)
         return bool(sums.sum_R == 1)
     except Exception as error:  # noqa: BLE001 (Triton, its compiler and the driver raise many types)
-        _log.warning("log-probs are computed by torch, in more time: Triton cannot run here: %s", _first_line(error))
+        _log.warning("log-probs are computed by torch, in more time: Triton cannot run here: %s", _in_one_line(error))
         return False
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _in_one_line(error: Exception) -> str:
+    """Triton's own errors begin with the place in the source, and end with the reason."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[-400:]
 
 
 def _block(width: int) -> dict[str, int]:
@@ -110,19 +110,19 @@ def _block(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 128))}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _sums_of_rows(
-    logits: Any,
-    row_stride: Any,
-    column: Any,
-    top: Any,
-    chosen: Any,
-    total: Any,
-    weighted: Any,
+    logits,
+    row_stride,
+    column,
+    top,
+    chosen,
+    total,
+    weighted,
     WIDTH: tl.constexpr,
     IS_WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """One program for each row. It keeps the largest logit so far, and sums below it."""
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * row_stride
@@ -148,22 +148,22 @@ def _sums_of_rows(
         tl.store(weighted + row, products)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gradients_of_rows(
-    logits: Any,
-    row_stride: Any,
-    gradients: Any,
-    gradient_stride: Any,
-    column: Any,
-    top: Any,
-    onehot: Any,
-    logp_grad: Any,
-    entropy_grad: Any,
-    mean: Any,
+    logits,
+    row_stride,
+    gradients,
+    gradient_stride,
+    column,
+    top,
+    onehot,
+    logp_grad,
+    entropy_grad,
+    mean,
     WIDTH: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """One program for each block of a row."""
     row = tl.program_id(0)
     entries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

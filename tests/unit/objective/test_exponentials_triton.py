@@ -25,6 +25,8 @@ from tests.support.fused_cases import (
 from tests.support.interpreted_kernels import interpreted, use_kernels
 from tests.support.present import present
 
+pytest.importorskip("triton", reason="triton is not installed here")
+
 THREE_ROWS = 3 * 16 * 4
 """A memory budget for three rows of logits, whose gradients overwrite them."""
 
@@ -180,6 +182,32 @@ def test_the_budget_holds_a_chunk_and_its_gradients(operand, bytes_of_a_logit):
     assert interpreted().TritonExponentials(operand).num_logits(1200) == 1200 // bytes_of_a_logit
 
 
+def signature(kernel, **constants):
+    """Return the types of a kernel's arguments, as they are in a run in bf16."""
+    integers, pointers = {"row_stride": "i32", "gradient_stride": "i32"}, {"column": "*i64", "gradients": "*bf16"}
+    return {
+        name: "constexpr" if name in constants else integers.get(name) or pointers.get(name, "*fp32")
+        for name in kernel.arg_names
+    }
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_kernels_compile_for_gpus_of_each_generation(flag, capability, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_dypo.objective import exponentials_triton as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel, option in ((kernels._sums_of_rows, "IS_WEIGHTED"), (kernels._gradients_of_rows, "HAS_ENTROPY")):
+        constants = {"WIDTH": 151_936, "BLOCK": kernels._LARGEST_BLOCK, option: flag}
+        source = ASTSource(fn=kernel, signature=signature(kernel, **constants), constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        assert compiled.asm["cubin"]
+
+
 def chosen(dtype: torch.dtype, device: str) -> str:
     call = fused._Call(
         first=0,
@@ -212,7 +240,7 @@ def test_a_machine_where_triton_cannot_compile_is_told_why(monkeypatch, caplog):
     assert kernels.works_on(torch.device("cpu"))
 
     def fail(*args, **options):
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+        raise RuntimeError("at 2:12:\ndef kernel(\n    logits: Any,\n            ^\nNameError('no such name')")
 
     monkeypatch.setattr(kernels.TritonExponentials, "sums", fail)
     kernels.works_on.cache_clear()
@@ -220,4 +248,8 @@ def test_a_machine_where_triton_cannot_compile_is_told_why(monkeypatch, caplog):
         assert not kernels.works_on(torch.device("cpu"))
     kernels.works_on.cache_clear()
     (record,) = caplog.records
-    assert record.getMessage().endswith("Failed to find C compiler. Please specify via CC environment variable.")
+    assert record.getMessage().startswith(
+        "log-probs are computed by torch, in more time: Triton cannot run here: Runtime"
+    )
+    assert record.getMessage().endswith("NameError('no such name')")
+    assert "\n" not in record.getMessage()
