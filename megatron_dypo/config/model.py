@@ -34,7 +34,7 @@ class ModelConfig:
     installed Megatron says which there are."""
     logprob_memory_mib: float | None = None
     """Scratch memory for logits in MiB. It sets how many response tokens are processed per chunk (at least one); it
-    changes speed, not results. ``null``: half the size of this rank's output weight in fp32, and at least 256."""
+    changes speed, not results. ``null``: the size of this rank's output weight in fp32, and at least 256."""
     moe_aux_loss_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss. ``null``: ``router_aux_loss_coef`` of the HF config."""
     fp8: Fp8Config = field(default_factory=Fp8Config)

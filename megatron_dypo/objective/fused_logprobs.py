@@ -23,6 +23,8 @@ from megatron_dypo.objective.exponentials import Exponentials, RowGradients, Row
 from megatron_dypo.objective.projection import Projection
 
 _AUTOMATIC_FLOOR = 256 * 2**20
+_TILE_ROWS = 256
+"""Rows that matmuls of a GPU compute at once; part of a tile takes as long as a whole one."""
 _BLOCKS_SHARE = 0.125
 """Share of the memory budget for blocks of operands that are converted."""
 
@@ -61,8 +63,8 @@ def fused_logprobs(
         vocab_size: size of the vocabulary. Rows from there on are padding and get no probability and no gradient.
         group: tensor-parallel group; None for a whole vocabulary on one rank.
         with_entropy: whether to compute the entropy.
-        memory_budget: bytes of scratch besides the gradients. It sets the rows of a chunk (at least one). None: half
-            the size of the weight in fp32, and at least 256 MiB.
+        memory_budget: bytes of scratch besides the gradients. It sets the rows of a chunk (at least one). None: the
+            size of the weight in fp32, and at least 256 MiB.
         sink: takes the weight's gradient. None: autograd takes it.
 
     Returns:
@@ -94,7 +96,7 @@ def fused_logprobs(
 
 def automatic_budget(weight_VH: Tensor, dtype: torch.dtype) -> int:
     """Size a chunk so that its work is in proportion to the weight's gradient, which it reads and writes once."""
-    return max(_AUTOMATIC_FLOOR, weight_VH.numel() * dtype.itemsize // 2)
+    return max(_AUTOMATIC_FLOOR, weight_VH.numel() * dtype.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,11 +117,14 @@ class _Call:
     """Whether a backward pass may follow."""
 
     def chunks(self, num_rows: int, exponentials: Exponentials) -> list[slice]:
-        """Cut the rows into chunks of nearly equal size whose logits fit into the budget. The last chunk is the
-        largest."""
+        """Cut the rows into chunks of equal size whose logits fit into the budget. The first chunk may be smaller."""
         most = max(1, exponentials.num_logits(self.memory_budget) // self.width)
-        count = -(-num_rows // most)
-        return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
+        if most > _TILE_ROWS:
+            most -= most % _TILE_ROWS
+        size = -(-num_rows // -(-num_rows // most)) if num_rows else 1
+        if most > _TILE_ROWS:
+            size += -size % _TILE_ROWS
+        return [slice(max(0, stop - size), stop) for stop in range(num_rows, 0, -size)][::-1]
 
     def buffer(self, chunks: list[slice], like: Tensor) -> Tensor:
         """Allocate the logits of the largest chunk."""

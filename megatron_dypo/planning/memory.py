@@ -10,6 +10,7 @@ on parameters and activations.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -211,30 +212,37 @@ def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
 def _loss(setting: Setting, tokens: float) -> float:
     """Return the bytes that ``objective/fused_logprobs.py`` holds if every token of the microbatch is a response token.
 
-    The forward pass holds a chunk of fp32 logits, and a copy of some of its rows for the entropy. The backward pass
-    holds the chunk, the gradients of the chosen hidden states in two types, the gradient of the output weight that it
-    returns to autograd, and blocks of operands.
+    On a GPU, where kernels read the logits, there are a chunk of them in fp32 and its gradients in the weight's type. A
+    CPU's forward pass holds a chunk, and a copy of some of its rows for the entropy; its backward pass converts blocks
+    of the weight. Both hold the gradients of the chosen hidden states in two types, and the gradient of the output
+    weight that is returned to autograd.
     """
     arch, e = setting.arch, setting.element
     width = -(-arch.vocab_size // setting.config.parallel.tensor)
     budget = _logprob_budget(setting, width)
-    most = max(1, int(budget * 0.75) // (width * FP32))
-    rows = tokens / -(-tokens // most)
-    logits, scratch = rows * width * FP32, budget / 8
-    hidden = tokens * arch.hidden_size
-    # A CPU converts rows of the weight to fp32, a GPU columns of the logits' gradient to bf16.
-    converted = rows * width * e if setting.on_gpu else width * arch.hidden_size * FP32
-    operands = min(scratch, converted) if e < FP32 else 0.0
-    forward = min(scratch, logits)
+    narrower = e if e < FP32 else 0
+    rows = _chunk_rows(tokens, (budget / (FP32 + narrower) if setting.on_gpu else budget * 0.75 / FP32) / width)
+    logits, hidden = rows * width * FP32, tokens * arch.hidden_size
+    forward = 0.0 if setting.on_gpu else min(budget / 8, logits)
+    operands = rows * width * narrower
+    if not setting.on_gpu:
+        operands = min(budget / 8, width * arch.hidden_size * FP32) if narrower else 0.0
     backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
     chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered ones, response tokens'
     return chosen + logits + operands + max(forward, backward) + 20 * FP32 * tokens
 
 
+def _chunk_rows(tokens: float, most: float) -> float:
+    """Return the rows of the largest chunk, which are whole tiles of 256 if there are so many."""
+    most = max(1, most // 256 * 256 if most > 256 else most // 1)
+    rows = math.ceil(tokens / math.ceil(tokens / most))
+    return min(tokens, math.ceil(rows / 256) * 256 if most > 256 else rows)
+
+
 def _logprob_budget(setting: Setting, width: int) -> float:
     """Return the scratch bytes of ``fused_logprobs``: the config's, or its default."""
     given = setting.config.model.logprob_memory_mib
-    return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
+    return max(256 * 2**20, width * setting.arch.hidden_size * FP32) if given is None else given * 2**20
 
 
 def _gather_buffer(setting: Setting) -> Term:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dypo.objective import fused_logprobs as fused
+from megatron_dypo.objective.exponentials import TorchExponentials
 from megatron_dypo.objective.fused_logprobs import GradientSink, automatic_budget, fused_logprobs
 from tests.support.fused_cases import (
     CASES,
@@ -18,6 +20,11 @@ from tests.support.fused_cases import (
     relative_error,
     weighted_sum,
 )
+
+
+class AllForLogits(TorchExponentials):
+    def num_logits(self, memory_budget):
+        return memory_budget // 4
 
 
 def run(hidden_NH, weight_VH, targets_N, coef_N, entropy_coef_N=None, **options):
@@ -228,10 +235,39 @@ def test_logits_of_all_rows_never_exist(with_bonus):
     assert budget // 2 < peak <= budget + small
 
 
-def test_without_a_budget_scratch_is_half_of_the_weight_in_fp32_and_256_mib_at_least():
+def test_without_a_budget_scratch_is_the_weight_in_fp32_and_256_mib_at_least():
     def budget(rows, dtype):
         return automatic_budget(torch.empty(rows, 1024, device="meta"), dtype)
 
     assert budget(2**15, torch.float32) == 256 * 2**20
-    assert budget(2**18, torch.float32) == 512 * 2**20
-    assert budget(2**18, torch.float64) == 1024 * 2**20
+    assert budget(2**18, torch.float32) == 1024 * 2**20
+    assert budget(2**18, torch.float64) == 2048 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "most", "sizes"),
+    [
+        (7, 3, [1, 3, 3]),
+        (7, 100, [7]),
+        (0, 3, []),
+        (300, 1000, [300]),
+        (16384, 2730, [1024] + [2560] * 6),
+        (16384, 300, [256] * 64),
+        (1000, 600, [488, 512]),
+    ],
+)
+def test_chunks_are_whole_tiles_of_a_matmul_but_for_the_first(num_rows, most, sizes):
+    call = fused._Call(
+        first=0,
+        width=10,
+        group=None,
+        scale=1.0,
+        dtype=torch.float32,
+        with_entropy=True,
+        memory_budget=most * 10 * 4,
+        sink=None,
+        needs_backward=False,
+    )
+    chunks = call.chunks(num_rows, AllForLogits(torch.float32, 1))
+    assert [rows.stop - rows.start for rows in chunks] == sizes
+    assert [i for rows in chunks for i in range(rows.start, rows.stop)] == list(range(num_rows))
