@@ -233,7 +233,7 @@ def _loss(setting: Setting, tokens: float) -> float:
 
 
 def _chunk_rows(tokens: float, most: float) -> float:
-    """Return the rows of the largest chunk, which are whole tiles of 256 if there are so many."""
+    """Return the rows of the largest chunk, which are whole tiles of 256 rows where the budget holds more than one."""
     most = max(1, most // 256 * 256 if most > 256 else most // 1)
     rows = math.ceil(tokens / math.ceil(tokens / most))
     return min(tokens, math.ceil(rows / 256) * 256 if most > 256 else rows)

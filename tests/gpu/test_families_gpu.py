@@ -55,6 +55,9 @@ def of_a_gpu(paths, tmp_path_factory):
 @torch.no_grad()
 def transformers_logp(path):
     oracle = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for module in oracle.modules():
+        if hasattr(module, "limit"):  # experts of gpt-oss: transformers reads the config's limit since 5.19
+            module.limit = oracle.config.swiglu_limit
     found = []
     for sample in trajectories(oracle.config.vocab_size):
         tokens = torch.from_numpy(sample.tokens).long()
