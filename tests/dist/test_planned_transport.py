@@ -16,7 +16,7 @@ import torch
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import Experts
 from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
 from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server

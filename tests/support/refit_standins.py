@@ -23,7 +23,8 @@ from megatron_dypo.models.families.table import EXPERT, LAYER
 from megatron_dypo.models.rules import Rule
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.server_tensors import ServerMesh, served_tensors
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
+from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
 from tests.support.dist.spawn import forking

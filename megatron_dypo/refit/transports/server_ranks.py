@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dypo.config.server_flags import problem_of
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.stores import ServedStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
@@ -29,6 +30,7 @@ from megatron_dypo.refit.control_message import (
 )
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
+from megatron_dypo.refit.plan.server_mesh import check_server_mesh, mesh_of_settings
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 from megatron_dypo.supported import WEIGHT_SESSIONS
 
@@ -78,16 +80,37 @@ def server_mesh(info: ServerInfo) -> ServerMesh:
             f"--custom-weight-loader {WEIGHT_LOADER}, or use refit.transport=broadcast",
             info.url,
         )
-    return ServerMesh(tensor=info.tensor_parallel, expert=info.expert_parallel)
+    return mesh_of(info)
 
 
-def planned_problem(infos: Sequence[ServerInfo]) -> str | None:
-    """Return why the planned transports cannot reach one of the servers; None: they can reach all."""
+def mesh_of(info: ServerInfo) -> ServerMesh:
+    """Return the mesh that a server reports.
+
+    Raises:
+        ServerError: its sizes do not suit each other.
+    """
+    try:
+        return mesh_of_settings(
+            info.tensor_parallel,
+            info.expert_parallel,
+            info.attention_data,
+            info.dense_tensor,
+            info.dispatch,
+            output_by_attention=info.output_by_attention,
+        )
+    except ValueError as error:
+        raise ServerError(f"{info.url}: {error}") from error  # without a URL: its flags are at fault
+
+
+def planned_problem(infos: Sequence[ServerInfo], arch: Architecture) -> str | None:
+    """Return why the planned transports cannot bring ``arch`` to one of the servers; None: they can reach all."""
     for info in infos:
         try:
-            server_mesh(info)
+            check_server_mesh(arch, server_mesh(info))
         except ServerError as error:
             return str(error)
+        except ValueError as error:
+            return f"{info.url}: {error}; use refit.transport=broadcast or disk"
     return None
 
 
