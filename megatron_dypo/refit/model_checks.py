@@ -26,7 +26,7 @@ from megatron_dypo.refit.leader import Leader
 from megatron_dypo.refit.lockstep import Lockstep
 from megatron_dypo.refit.plan.server_mesh import check_serving
 from megatron_dypo.refit.source import Source
-from megatron_dypo.refit.transports.server_ranks import mesh_of, planned_problem
+from megatron_dypo.refit.transports.reported_mesh import mesh_of, planned_problem
 
 
 def check_shapes(

@@ -81,6 +81,11 @@ CASES = {
         (ServerMesh(tensor=1), ServerMesh(tensor=2))),
     "tied": (TIED, Mesh(pipeline=2, data=2), (ServerMesh(tensor=2), ServerMesh(tensor=2))),
     "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (ServerMesh(tensor=2, expert=2),)),
+    "copies of attention": (
+        DENSE,
+        Mesh(tensor=2, data=2),
+        (ServerMesh(tensor=4, attention_data=2), ServerMesh(tensor=2, attention_data=2, output_by_attention=True)),
+    ),
     "experts behind a dense layer": (
         GLM,
         Mesh(tensor=2, pipeline=2, expert=2, first_stage_layers=1),

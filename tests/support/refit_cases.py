@@ -191,7 +191,11 @@ class NaiveServerRank:
 
     def _qkv(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
         query, key, value = (hf[f"{prefix}{name}_proj.{kind}"] for name in "qkv")
-        return {f"{prefix}qkv_proj.{kind}": torch.cat([self._part(query, self._attention), self._kv_heads(key), self._kv_heads(value)])}
+        return {
+            f"{prefix}qkv_proj.{kind}": torch.cat(
+                [self._part(query, self._attention), self._kv_heads(key), self._kv_heads(value)]
+            )
+        }
 
     def _latent(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
         """Load as deepseek_weight_loader.py does: down-projections are replicated, and fused if both are there."""

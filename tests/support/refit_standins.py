@@ -187,6 +187,12 @@ def standin_server(
         model_type=arch.family,
         tp_size=layout.tensor,
         ep_size=layout.expert,
+        settings={
+            "attn_dp_size": layout.attention_data,
+            "enable_dp_attention": layout.attention_data > 1,
+            "enable_dp_lm_head": layout.output_by_attention,
+            "moe_dense_tp_size": 1 if layout.whole_dense else None,
+        },
         loaders=("megatron_dypo.refit.receiver.load",),
     )
     server.start_ranks(ranks, prepare)

@@ -20,7 +20,7 @@ from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.broadcast import BroadcastConnection
 from megatron_dypo.refit.transports.planned import PlannedConnection
-from megatron_dypo.refit.transports.server_ranks import planned_problem
+from megatron_dypo.refit.transports.reported_mesh import planned_problem
 from megatron_dypo.refit.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
