@@ -48,11 +48,15 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the cases by name."""
     made: dict[str, dict[str, Any]] = {}
     for name, (kind, sizes) in KINDS.items():
-        model = str(make_hf_model(kind, folder / name.replace(", ", "_").replace(" ", "_"), seed=1, **sizes))
+        path = folder / name.replace(", ", "_").replace(" ", "_")
+        model = str(make_hf_model(kind, path, seed=1, **sizes))
+        # With 131 entries, ranks could not share an output layer by --enable-dp-lm-head.
+        unpadded = str(make_hf_model(kind, path.with_name(path.name + "_unpadded"), seed=1, **sizes, vocab_size=192))
         layouts = dict(LAYOUTS) if kind in ("qwen3", "gpt_oss") else {**LAYOUTS, **WITH_EXPERTS}
         more = ("--disable-shared-experts-fusion",) if kind in WITH_SHARED else ()
         for layout, flags in layouts.items():
-            made[f"{name}: {layout}"] = {"folder": model, "tensor": 4, "extra_args": [*flags, *more]}
+            of_layout = unpadded if layout == "output layer of each copy" else model
+            made[f"{name}: {layout}"] = {"folder": of_layout, "tensor": 4, "extra_args": [*flags, *more]}
         for backend in BACKENDS if kind in WITH_SHARED else ():
             extra = ["--attn-dp-size", "4", "--ep-size", "4", *more]
             made[f"{name}: {backend}"] = {"folder": model, "tensor": 4, "extra_args": extra, "backend": backend}

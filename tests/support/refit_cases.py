@@ -83,7 +83,7 @@ def _with_copies(draw: st.DrawFn, server: ServerMesh, family: str) -> ServerMesh
     return dataclasses.replace(
         server,
         attention_data=copies,
-        output_by_attention=copies > 1 and draw(st.booleans()),
+        output_by_attention=copies == server.tensor > 1 and draw(st.booleans()),
         whole_dense=has_shared and draw(st.booleans()),
         whole_shared=has_shared and draw(st.booleans()),
     )

@@ -18,6 +18,8 @@ WITH_WHOLE_SHARED = ("deepep", "mooncake", "nixl", "mori", "ascend_fuseep", "fla
 """Values of ``--moe-a2a-backend`` with which each rank holds the shared experts whole (``models/deepseek_v2.py``,
 ``glm4_moe.py``)."""
 
+_VOCAB_MULTIPLE = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerMesh:
@@ -129,6 +131,23 @@ def check_serving(arch: Architecture, server: ServerMesh) -> None:
         "server moe_dense_tp_size=1",
         f"must be left out for a {family} model: SGLang splits its MLPs, does not sum their parts and samples nonsense",
     )
+    padded = padded_vocab_size(arch.vocab_size, server.attention)
+    require(
+        not server.output_by_attention or server.attention == 1 or padded == arch.vocab_size,
+        "server enable_dp_lm_head=true",
+        f"needs a vocabulary without padding for {server.attention} ranks; vocab_size={arch.vocab_size}, padded {padded}",
+    )
+
+
+def padded_vocab_size(vocab_size: int, ranks: int) -> int:
+    """Return the vocabulary as SGLang splits it: padded to a multiple of 64, or of 64 × ranks if they could not split
+    that."""
+    padded = _round_up(vocab_size, _VOCAB_MULTIPLE)
+    return _round_up(vocab_size, _VOCAB_MULTIPLE * ranks) if padded % ranks else padded
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _require_divides(size: int, name: str, value: int, axis: str = "server tensor") -> None:

@@ -20,9 +20,8 @@ from megatron_dypo.refit.plan.rectangles import Rectangle
 from megatron_dypo.refit.plan.served_latent import latent_attention
 from megatron_dypo.refit.plan.served_stacks import stacked_experts
 from megatron_dypo.refit.plan.served_tensor import ServedTensor, columns, rows, whole
-from megatron_dypo.refit.plan.server_mesh import ServerMesh, check_server_mesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh, check_server_mesh, padded_vocab_size
 
-_VOCAB_MULTIPLE = 64
 _LAYER = f"model.layers.{LAYER}."
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -54,11 +53,8 @@ def _shares_embedding(arch: Architecture) -> bool:
 
 
 def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) -> ServedTensor:
-    """Return a range of the vocabulary, padded to a multiple of 64, or of 64 × tensor if ranks could not split that."""
-    multiple = _VOCAB_MULTIPLE
-    if _round_up(arch.vocab_size, multiple) % tensor:
-        multiple *= tensor
-    local = _round_up(arch.vocab_size, multiple) // tensor
+    """Return a range of the padded vocabulary."""
+    local = padded_vocab_size(arch.vocab_size, tensor) // tensor
     start = min(server_rank * local, arch.vocab_size)
     length = min(local, arch.vocab_size - start)
     hf_name = _EMBEDDING if arch.tied_embeddings else name
@@ -155,7 +151,3 @@ def _stacks(experts: Experts, hidden_size: int, server: ServerMesh, server_rank:
     )
     yield rows(f"{prefix}w13_weight", (count, 2 * local, hidden_size), inputs)
     yield ServedTensor(name=f"{prefix}w2_weight", shape=(count, hidden_size, local), rectangles=outputs)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

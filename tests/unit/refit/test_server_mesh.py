@@ -75,6 +75,16 @@ def test_a_model_without_experts_has_no_whole_mlps() -> None:
     check_serving(make_arch("glm4_moe"), ServerMesh(tensor=2, whole_dense=True))
 
 
+def test_ranks_of_a_copy_share_an_output_layer_only_if_it_needs_no_padding() -> None:
+    """SGLang gathers equal parts of the vocabulary, and the ranks have padded ones."""
+    mesh = ServerMesh(tensor=4, attention_data=2, output_by_attention=True)
+    rule = r"^server enable_dp_lm_head=true: needs a vocabulary .* for 2 ranks; vocab_size=131, padded 192$"
+    with pytest.raises(ValueError, match=rule):
+        check_serving(make_arch("qwen3", vocab_size=131), mesh)
+    check_serving(make_arch("qwen3", vocab_size=256), mesh)
+    check_serving(make_arch("qwen3", vocab_size=131), ServerMesh(tensor=2, attention_data=2, output_by_attention=True))
+
+
 def test_only_the_ranks_of_a_copy_must_share_the_heads() -> None:
     """Twelve heads do not split over eight ranks; over four they do."""
     arch = make_arch(
