@@ -135,7 +135,7 @@ def check_serving(arch: Architecture, server: ServerMesh) -> None:
     require(
         not server.output_by_attention or server.attention == 1 or padded == arch.vocab_size,
         "server enable_dp_lm_head=true",
-        f"needs a vocabulary without padding for {server.attention} ranks; vocab_size={arch.vocab_size}, padded {padded}",
+        f"needs a vocabulary unpadded for {server.attention} ranks; vocab_size={arch.vocab_size}, padded {padded}",
     )
 
 
