@@ -42,7 +42,7 @@ class ServerMesh:
         require_positive(self, "tensor", "expert", "attention_data")
         require(
             self.tensor % self.attention_data == 0,
-            f"server attention_data={self.attention_data}",
+            f"server attn_dp_size={self.attention_data}",
             f"does not divide server tensor={self.tensor}",
         )
 
@@ -90,7 +90,7 @@ def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
     """Raise ValueError unless SGLang serves the architecture on this mesh without padded heads or features."""
     check_serving(arch, server)
     attention, expert, kv_heads = server.attention, server.expert, arch.num_key_value_heads
-    name = "server tensor" if server.attention_data == 1 else "server tensor / attention_data"
+    name = "server tensor" if server.attention_data == 1 else "server tensor / attn_dp_size"
     _require_divides(attention, "num_attention_heads", arch.num_attention_heads, name)
     require(
         kv_heads % attention == 0 or attention % kv_heads == 0,
@@ -123,7 +123,7 @@ def check_serving(arch: Architecture, server: ServerMesh) -> None:
     copies, family = server.attention_data, arch.family
     require(
         copies == 1 or family not in _ATTENTION_OVER_ALL,
-        f"server attention_data={copies}",
+        f"server attn_dp_size={copies}",
         f"must be 1 for a {family} model: SGLang splits its attention over all ranks and ends at the first request",
     )
     require(

@@ -90,8 +90,8 @@ QWEN3 |= {"num_key_value_heads": 8, "intermediate_size": 96, "max_position_embed
 @pytest.mark.parametrize(
     ("model", "tensor", "extra", "words"),
     [
-        ("llama", 2, COPIES, "server attention_data=2: must be 1 for a llama model: SGLang splits its attention over"),
-        ("qwen3", 3, COPIES, "server attention_data=2: does not divide server tensor=3"),
+        ("llama", 2, COPIES, "server attn_dp_size=2: must be 1 for a llama model: SGLang splits its attention over"),
+        ("qwen3", 3, COPIES, "server attn_dp_size=2: does not divide server tensor=3"),
         ("qwen3", 2, ["--moe-dense-tp-size=1"], "server moe_dense_tp_size=1: must be left out for a qwen3 model"),
     ],
 )
@@ -114,7 +114,7 @@ def test_only_planned_refits_need_parts_that_suit_the_ranks(tmp_path: Path) -> N
         return check_inputs(case(tmp_path, model=QWEN3, rollout=servers, refit={"transport": transport})).problems
 
     assert problems(16, "p2p") == problems(16, "auto") == problems(32, "broadcast") == []
-    rule = "server tensor / attention_data=16: does not divide num_attention_heads=8"
+    rule = "server tensor / attn_dp_size=16: does not divide num_attention_heads=8"
     assert [rule in problem for problem in problems(32, "p2p")] == [True]
 
 

@@ -70,5 +70,5 @@ def test_a_planned_refit_sends_the_copies_too() -> None:
 
 
 def test_copies_that_do_not_suit_the_gpus_are_refused_by_their_numbers() -> None:
-    with pytest.raises(ValueError, match=r"^server attention_data=4: does not divide server tensor=2$"):
+    with pytest.raises(ValueError, match=r"^server attn_dp_size=4: does not divide server tensor=2$"):
         make_server(from_file(NAME, "rollout.servers.tensor_parallel=2", COPIES))

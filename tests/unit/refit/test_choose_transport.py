@@ -52,7 +52,7 @@ MOVING = dataclasses.replace(HERE, settings=settings_of({"ep_num_redundant_exper
         ),
         ([STAGED], True, "broadcast", "pipeline_parallel=2"),
         ([HERE, SPREAD], True, "local", "share this host"),
-        ([UNEVEN], True, "broadcast", "http://127.0.0.1:1: server attention_data=4: does not divide server tensor=2"),
+        ([UNEVEN], True, "broadcast", "http://127.0.0.1:1: server attn_dp_size=4: does not divide server tensor=2"),
         ([TOO_MANY], True, "broadcast", "http://127.0.0.1:1: server tensor=16: does not divide num_attention_heads=8"),
         ([HERE, MOVING], True, "broadcast", "ep_num_redundant_experts=4: "),
     ],

@@ -135,9 +135,9 @@ def test_a_running_server_that_no_refit_can_serve_is_refused_before_the_pause(se
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"attn_dp_size": 2}, "server attention_data=2: does not divide server tensor=1"),
+        ({"attn_dp_size": 2}, "server attn_dp_size=2: does not divide server tensor=1"),
         ({"tp_size": 4, "ep_size": 2}, "server expert=2: a qwen3 model has no experts"),
-        ({"tp_size": 16, "attn_dp_size": 2}, "server tensor / attention_data=8: does not divide num_attention_heads=4"),
+        ({"tp_size": 16, "attn_dp_size": 2}, "server tensor / attn_dp_size=8: does not divide num_attention_heads=4"),
         ({"dp_size": 2}, "data_parallel=2: p2p and local need 1"),
         ({"enable_eplb": True}, "enable_eplb=True: the plan of p2p and local knows no experts that move"),
     ],
@@ -177,7 +177,7 @@ def test_sglangs_own_update_serves_attention_data_parallelism(setting):
     ("settings", "words"),
     [
         ({"moe_dense_tp_size": 1}, "server moe_dense_tp_size=1: must be left out for a qwen3 model: SGLang splits its"),
-        ({"attn_dp_size": 3}, "server attention_data=3: does not divide server tensor=2"),
+        ({"attn_dp_size": 3}, "server attn_dp_size=3: does not divide server tensor=2"),
     ],
 )
 def test_servers_that_compute_the_model_wrongly_are_refused_before_the_pause(setting, settings, words, transport):

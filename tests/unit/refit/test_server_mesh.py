@@ -48,7 +48,7 @@ def test_what_is_whole_anyway_makes_no_other_mesh() -> None:
         (("--attn-dp-size", "x"), "rollout.servers.extra_args: --attn-dp-size x: must be positive"),
         (("--attn-dp-size=0",), "rollout.servers.extra_args: --attn-dp-size 0: must be positive"),
         (("--attn-dp-size",), "rollout.servers.extra_args: --attn-dp-size True: must be positive"),
-        (("--attn-dp-size", "3"), "server attention_data=3: does not divide server tensor=8"),
+        (("--attn-dp-size", "3"), "server attn_dp_size=3: does not divide server tensor=8"),
     ],
 )
 def test_sizes_that_are_none_are_refused_by_flag(flags: tuple[str, ...], words: str) -> None:
@@ -58,7 +58,7 @@ def test_sizes_that_are_none_are_refused_by_flag(flags: tuple[str, ...], words: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_families_whose_attention_sglang_splits_over_all_ranks_have_one_copy(family: str) -> None:
-    rule = f"server attention_data=2: must be 1 for a {family} model: SGLang splits its attention over all ranks"
+    rule = f"server attn_dp_size=2: must be 1 for a {family} model: SGLang splits its attention over all ranks"
     with pytest.raises(ValueError, match=f"^{rule}"):
         check_serving(make_arch(family), ServerMesh(tensor=2, attention_data=2))
     check_serving(make_arch(family), ServerMesh(tensor=2))
@@ -93,7 +93,7 @@ def test_only_the_ranks_of_a_copy_must_share_the_heads() -> None:
     with pytest.raises(ValueError, match=r"^server tensor=8: does not divide num_attention_heads=12$"):
         check_server_mesh(arch, ServerMesh(tensor=8))
     check_server_mesh(arch, ServerMesh(tensor=8, attention_data=2))
-    with pytest.raises(ValueError, match=r"^server tensor / attention_data=8: does not divide num_attention_heads=12$"):
+    with pytest.raises(ValueError, match=r"^server tensor / attn_dp_size=8: does not divide num_attention_heads=12$"):
         check_server_mesh(arch, ServerMesh(tensor=16, attention_data=2))
     with pytest.raises(ValueError, match=r"^server tensor=128: does not divide intermediate_size=64$"):
         check_server_mesh(arch, ServerMesh(tensor=128, attention_data=32))
