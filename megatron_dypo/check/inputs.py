@@ -11,6 +11,7 @@ from megatron_dypo.check.program import missing_program
 from megatron_dypo.check.prompt_files import check_prompt_files
 from megatron_dypo.check.room import check_run_folder
 from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.server_flags import PLANNED
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
@@ -21,6 +22,8 @@ from megatron_dypo.models.bridged import architecture_of
 from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout, check_replay
 from megatron_dypo.models.quantized.names import NO_REFIT, is_mxfp4
+from megatron_dypo.refit.plan.flags import mesh_of_flags
+from megatron_dypo.refit.plan.server_mesh import check_server_mesh, check_serving
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -68,6 +71,9 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
         found.problems.append(f"model.hf_path={config.model.hf_path!r}: servers would serve it {NO_REFIT}")
     if arch.is_bridged:
         _check_provider(config, arch, found)
+    elif asks_servers(config) and not config.rollout.servers.urls:
+        with found.noting():
+            _check_servers(config, arch)
     with found.noting():
         check_layout(arch, config.parallel)
         check_replay(arch, config.objective.replay)
@@ -78,6 +84,21 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
             "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
         )
     return arch
+
+
+def _check_servers(config: Config, arch: Architecture) -> None:
+    """Check that the servers that the run starts can serve the model, and take it by the configured transport.
+
+    Raises:
+        ValueError: names the size, and the setting that gives it.
+    """
+    servers = config.rollout.servers
+    mesh = mesh_of_flags(servers.tensor_parallel, servers.extra_args)
+    check = check_server_mesh if config.refit.transport in PLANNED else check_serving
+    try:
+        check(arch, mesh)
+    except ValueError as error:
+        raise ValueError(f"rollout.servers: {error}") from error
 
 
 def _check_provider(config: Config, arch: Architecture, found: Findings) -> None:

@@ -69,9 +69,8 @@ class Setting:
         return f"{self.reason}; use refit.transport=broadcast or disk" if self.planned_only else self.reason
 
 
-_ATTENTION = "the plan of p2p and local knows no attention data parallelism, in which ranks hold other slices"
 _MOVING = "the plan of p2p and local knows no experts that move, or that several ranks hold"
-_SLICES = "the plan of p2p and local knows one division of every layer, that of --tp-size and --ep-size"
+_SLICES = "the plan of p2p and local knows no division of layers but those of --tp-size, --ep-size and --attn-dp-size"
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(
@@ -93,13 +92,6 @@ SETTINGS: tuple[Setting, ...] = (
         reason="a refit brings no weights to a draft model, which would guess for the first policy",
     ),
     Setting(
-        name="attn_dp_size",
-        flags=("--attn-dp-size", "--attention-data-parallel-size"),
-        reason=_ATTENTION,
-        planned_only=True,
-    ),
-    Setting(name="enable_dp_attention", flags=("--enable-dp-attention",), reason=_ATTENTION, planned_only=True),
-    Setting(
         name="attn_cp_size",
         flags=("--attn-cp-size", "--attention-context-parallel-size"),
         reason=_SLICES,
@@ -107,7 +99,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="dcp_size", flags=("--dcp-size", "--decode-context-parallel-size"), reason=_SLICES, planned_only=True),
     Setting(name="moe_dp_size", flags=("--moe-dp-size", "--moe-data-parallel-size"), reason=_SLICES, planned_only=True),
-    Setting(name="moe_dense_tp_size", flags=("--moe-dense-tp-size",), plain=(None,), reason=_SLICES, planned_only=True),
+    Setting(
+        name="moe_a2a_backend",
+        flags=("--moe-a2a-backend",),
+        plain=(None, "none", "deepep", "mooncake", "nixl", "mori", "ascend_fuseep", "flashinfer"),
+        reason="the plan of p2p and local knows not how this backend holds experts",
+        planned_only=True,
+    ),
     Setting(name="dwdp_size", flags=("--dwdp-size",), reason=_SLICES, planned_only=True),
     Setting(name="enable_eplb", flags=("--enable-eplb",), reason=_MOVING, planned_only=True),
     Setting(name="ep_num_redundant_experts", flags=("--ep-num-redundant-experts",), reason=_MOVING, planned_only=True),
@@ -152,6 +150,22 @@ def require_refittable(extra_args: Sequence[str], transport: str) -> None:
             if named and setting.refuses(transport) and not setting.is_plain(value):
                 shown = flag if value is True else f"{flag} {value}"
                 raise ValueError(f"rollout.servers.extra_args={shown!r}: refits cannot serve it: {setting.rule()}")
+
+
+def value_of(extra_args: Sequence[str], *names: str) -> str | bool | None:
+    """Return the value of a flag that has these names: a text, True for a flag alone, None if it is not there. The last
+    one counts, as for argparse."""
+    found: str | bool | None = None
+    for flag, value in _flags(extra_args):
+        if any(_means(flag, name) for name in names):
+            found = value
+    return found
+
+
+def spreads_attention(extra_args: Sequence[str]) -> bool:
+    """Return whether a server's ranks attend to requests of their own (attention data parallelism)."""
+    copies = value_of(extra_args, "--attn-dp-size", "--attention-data-parallel-size")
+    return str(copies or 1) != "1" or value_of(extra_args, "--enable-dp-attention") is not None
 
 
 def settings_of(server_info: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,26 +85,32 @@ def whole_model(arch: Architecture) -> Counts:
     return _whole(arch, with_embeddings=True)
 
 
-def served_bytes(arch: Architecture, element: int, quantization: Quantization) -> ServedBytes:
+def served_bytes(arch: Architecture, element: int, quantization: Quantization, copies: int = 1) -> ServedBytes:
     """Return the bytes of the policy as a server holds it and as a refit moves it.
 
     Args:
         element: bytes of a value that is not quantised.
         quantization: format of linear weights (``models/quantized/names.py``): a byte each, and fp32 scales.
+        copies: copies of attention and of the embedding that the server holds (SGLang's ``--attn-dp-size``).
     """
     dense = experts = 0
     for row in table(arch):
         holding = _holding(row, arch.num_layers, arch.num_dense_layers)
-        copies = _copies(row, arch, 1, holding, is_first=True, is_last=True)
+        number = _copies(row, arch, 1, holding, is_first=True, is_last=True)
         is_narrow = quantization != "none" and _is_linear(row)
         for shape in row.rule.hf_shapes(arch):
             size = math.prod(shape)
             each = size + FP32 * math.prod(scale_shape(quantization, shape)) if is_narrow else size * element
             if row.is_expert:
-                experts += copies * each
+                experts += number * each
             else:
-                dense += copies * each
+                dense += number * each * (copies if _is_copied(row) else 1)
     return ServedBytes(dense=dense, experts=experts)
+
+
+def _is_copied(row: Row) -> bool:
+    """Return whether each copy of attention has the parameter."""
+    return row.mcore.startswith("embedding.") or ".self_attention." in row.mcore
 
 
 def active_parameters(arch: Architecture) -> int:

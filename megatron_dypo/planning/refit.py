@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from megatron_dypo.checks import require
 from megatron_dypo.config.tree import Config
 from megatron_dypo.models.bridged import tabled_architecture
 from megatron_dypo.models.layout_rules import check_layout
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh, make_plan
-
-_EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
+from megatron_dypo.refit.plan.flags import mesh_of_flags
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +32,7 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
         ValueError: the trainer or the servers do not suit the architecture or each other.
     """
     servers = config.rollout.servers
-    ep_size = options.ep_size or _ep_size(servers.extra_args)
-    server = ServerMesh(tensor=servers.tensor_parallel, expert=ep_size)
+    server = mesh_of_flags(servers.tensor_parallel, servers.extra_args, expert=options.ep_size)
     return make_plan(
         tabled_architecture(config.model, "a refit plan"),
         config.parallel.mesh(options.world_size),
@@ -54,15 +49,3 @@ def refusal_of_training(config: Config) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _ep_size(extra_args: Sequence[str]) -> int:
-    """Return the expert-parallel size among SGLang's arguments, given as ``--ep-size N`` or ``--ep-size=N``."""
-    words = [part for argument in extra_args for part in argument.split("=", 1)]
-    for flag, value in pairwise(words):
-        if flag in _EP_FLAGS:
-            require(
-                value.isdigit() and int(value) > 0, f"rollout.servers.extra_args: {flag} {value}", "must be positive"
-            )
-            return int(value)
-    return 1

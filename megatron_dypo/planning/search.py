@@ -88,7 +88,10 @@ def _best_servers(setting: Setting, nodes: int) -> Setting | None:
 def _with_servers(setting: Setting, nodes: int, size: int) -> Setting | None:
     per_node = setting.gpus_per_node
     span = max(1, size // per_node)
-    if (size > per_node and size % per_node) or nodes % span or setting.arch.num_attention_heads % size:
+    copies = setting.server_mesh.attention_data
+    if (size > per_node and size % per_node) or nodes % span:
+        return None
+    if size % copies or setting.arch.num_attention_heads % (size // copies):
         return None
     servers = dataclasses.replace(
         setting.config.rollout.servers,
@@ -103,7 +106,7 @@ def _with_servers(setting: Setting, nodes: int, size: int) -> Setting | None:
     config = dataclasses.replace(setting.config, rollout=rollout)
     made = dataclasses.replace(setting, config=config, num_servers=servers.num_servers(per_node))
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    fits = server_footprint(made).spare >= 0 and make_server(made).kv_tokens >= longest
+    fits = server_footprint(made).spare >= 0 and make_server(made).kv_tokens_per_copy >= longest
     return made if fits else None
 
 

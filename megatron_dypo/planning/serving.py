@@ -31,14 +31,20 @@ class Server:
     """Weights on all GPUs of the server together."""
     tensor: int
     """GPUs that share the weights."""
+    copies: int
+    """Copies of attention. Each has its own requests, and a share of the GPUs for their KV cache."""
     kv_bytes_per_token: float
-    """Bytes of KV cache on one GPU. Heads are replicated if there are more GPUs than heads."""
+    """Bytes of KV cache on one GPU of a copy. Heads are replicated if there are more GPUs than heads."""
     kv_tokens: float
-    """Tokens that its KV cache holds."""
+    """Tokens that its KV cache holds, in all copies together."""
 
     @property
     def weights_per_gpu(self) -> float:
         return self.weights.total / self.tensor
+
+    @property
+    def kv_tokens_per_copy(self) -> float:
+        return self.kv_tokens / self.copies
 
     def concurrency(self, tokens: float) -> float:
         """Return how many requests of ``tokens`` tokens on average can run at once."""
@@ -48,8 +54,10 @@ class Server:
 def make_server(setting: Setting) -> Server:
     """Return a server of the config."""
     arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
-    per_token = float(arch.num_layers * arch.cached_channels(servers.tensor_parallel) * e)
-    weights, tensor = served_bytes(arch, e, setting.config.refit.quantize), servers.tensor_parallel
+    mesh = setting.server_mesh
+    copies, tensor = mesh.attention_data, mesh.tensor
+    per_token = float(arch.num_layers * arch.cached_channels(mesh.attention) * e)
+    weights = served_bytes(arch, e, setting.config.refit.quantize, copies)
     beside = trainer_bytes(setting)
     static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory
     if beside:
@@ -57,7 +65,9 @@ def make_server(setting: Setting) -> Server:
     tokens = max(0.0, (static - weights.total / tensor) / per_token)
     if servers.max_total_tokens is not None:
         tokens = min(tokens, servers.max_total_tokens)
-    return Server(weights=weights, tensor=tensor, kv_bytes_per_token=per_token, kv_tokens=tokens)
+    return Server(
+        weights=weights, tensor=tensor, copies=copies, kv_bytes_per_token=per_token, kv_tokens=copies * tokens
+    )
 
 
 def trainer_bytes(setting: Setting) -> float:
@@ -72,7 +82,7 @@ def server_footprint(setting: Setting) -> Footprint:
     server, cfg = make_server(setting), setting.config
     fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.refit.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    cache = max(server.kv_tokens, longest) * server.kv_bytes_per_token
+    cache = max(server.kv_tokens_per_copy, longest) * server.kv_bytes_per_token
     outside = min((1 - fraction) * setting.gpu.memory, RESERVED)
     return Footprint(
         where="server",
@@ -85,8 +95,8 @@ def server_footprint(setting: Setting) -> Footprint:
             Term(
                 name="KV cache",
                 bytes=cache,
-                why=f"{server.kv_tokens:,.0f} tokens × {server.kv_bytes_per_token / 1024:,.0f} KiB; "
-                f"{server.kv_tokens / longest:,.1f} of the longest sequences",
+                why=f"{server.kv_tokens_per_copy:,.0f} tokens × {server.kv_bytes_per_token / 1024:,.0f} KiB; "
+                f"{server.kv_tokens_per_copy / longest:,.1f} of the longest sequences",
             ),
             *_trainer_beside(setting),
             Term(name="refit bucket", bytes=cfg.refit.bucket_mib * 2.0**20, why="refit.bucket_mib"),
@@ -115,7 +125,7 @@ def decode_step_s(setting: Setting, server: Server, batch: float, context: float
     constants = setting.constants
     if context is None:
         context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
-    read = _weights_read(setting, server, batch) + batch * context * server.kv_bytes_per_token
+    read = _weights_read(setting, server, batch) + batch / server.copies * context * server.kv_bytes_per_token
     # Every token also goes through the output projection, which is not among the layers.
     work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
     reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)

@@ -18,6 +18,8 @@ from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
 from megatron_dypo.planning.groups import MeanGroup, mean_group
 from megatron_dypo.planning.lengths import sequences_per_microbatch
+from megatron_dypo.refit.plan.flags import mesh_of_flags
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from megatron_dypo.types import Tier
 
 
@@ -61,6 +63,12 @@ class Setting:
     """Whether layers are Transformer Engine's (see ``planning/activations.py``)."""
     on_gpu: bool = True
     """Whether ranks run on GPUs. On CPUs, as in tests, no memory is reserved besides the tensors."""
+
+    @property
+    def server_mesh(self) -> ServerMesh:
+        """Return the mesh of a server. Raises ValueError for sizes that do not suit each other."""
+        servers = self.config.rollout.servers
+        return mesh_of_flags(servers.tensor_parallel, servers.extra_args)
 
     @property
     def element(self) -> int:

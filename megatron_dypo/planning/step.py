@@ -118,8 +118,9 @@ def refit_time(setting: Setting) -> float:
     if transport == "broadcast":
         # Pipeline stages send in turn, each through the network port of its first rank.
         return REFIT_S + size / rate
-    received = size / setting.config.rollout.servers.tensor_parallel
-    return REFIT_S + max(received, size * setting.num_servers / setting.trainer_gpus) / rate
+    mesh = setting.server_mesh
+    held = served_bytes(setting.arch, setting.element, refit.quantize, mesh.attention_data).total
+    return REFIT_S + max(held / mesh.tensor, held * setting.num_servers / setting.trainer_gpus) / rate
 
 
 def _switch_time(setting: Setting) -> float:

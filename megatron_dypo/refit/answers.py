@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_dypo.config.server_flags import settings_of
 from megatron_dypo.supported import WEIGHT_SESSIONS, is_at_least
 
 Answer = dict[str, Any]
@@ -48,6 +49,14 @@ class ServerInfo:
     pipeline_parallel: int
     data_parallel: int
     expert_parallel: int
+    attention_data: int = 1
+    """Copies of attention, whose ranks attend to requests of their own."""
+    output_by_attention: bool = False
+    """Whether the output layer is split over the ranks of a copy of attention, not over all."""
+    dense_tensor: int | None = None
+    """``--moe-dense-tp-size``."""
+    dispatch: str = "none"
+    """``--moe-a2a-backend``."""
     custom_loaders: tuple[str, ...]
     """``--custom-weight-loader``: import paths of functions that the server can use to receive weights."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +66,30 @@ class ServerInfo:
     def has_sessions(self) -> bool:
         """Return whether updates stand in a session, ``/begin_weight_update`` to ``/end_weight_update``."""
         return not self.sglang or is_at_least(self.sglang, WEIGHT_SESSIONS)
+
+
+def server_info(url: str, model: Answer, server: Answer) -> ServerInfo:
+    """Return the facts in a server's answers to ``/model_info`` and ``/server_info``."""
+    # With copies of attention, SGLang before 0.5.23 gives their number as dp_size; later ones allow no replicas.
+    has_copies, data = bool(server.get("enable_dp_attention")), int(server.get("dp_size") or 1)
+    dense_tensor = server.get("moe_dense_tp_size")
+    return ServerInfo(
+        url=url,
+        sglang=str(server.get("version") or ""),
+        model_path=str(model.get("model_path")),
+        model_type=str(model.get("model_type")),
+        weight_version=str(model.get("weight_version")),
+        tensor_parallel=int(server.get("tp_size", 1)),
+        pipeline_parallel=int(server.get("pp_size", 1)),
+        data_parallel=1 if has_copies else data,
+        expert_parallel=int(server.get("ep_size", 1)),
+        attention_data=int(server.get("attn_dp_size") or (data if has_copies else 1)),
+        output_by_attention=bool(server.get("enable_dp_lm_head")),
+        dense_tensor=None if dense_tensor is None else int(dense_tensor),
+        dispatch=str(server.get("moe_a2a_backend") or "none"),
+        custom_loaders=tuple(server.get("custom_weight_loader") or ()),
+        settings=settings_of(server),
+    )
 
 
 class UnansweredError(ServerError):

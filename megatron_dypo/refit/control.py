@@ -15,9 +15,17 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
-from megatron_dypo.config.server_flags import settings_of
 from megatron_dypo.metrics.logs import warn_often
-from megatron_dypo.refit.answers import Answer, ServerError, ServerInfo, UnansweredError, checked, joined, read
+from megatron_dypo.refit.answers import (
+    Answer,
+    ServerError,
+    ServerInfo,
+    UnansweredError,
+    checked,
+    joined,
+    read,
+    server_info,
+)
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.rollout.ask import BUSY
 
@@ -68,23 +76,7 @@ class SGLangControl:
         urls = self.urls if urls is None else urls
         models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
         servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
-        infos = [
-            ServerInfo(
-                url=url,
-                sglang=str(server.get("version") or ""),
-                model_path=str(model.get("model_path")),
-                model_type=str(model.get("model_type")),
-                weight_version=str(model.get("weight_version")),
-                tensor_parallel=int(server.get("tp_size", 1)),
-                pipeline_parallel=int(server.get("pp_size", 1)),
-                # With attention data parallelism, SGLang before 0.5.23 gives its size here; ranks are then those of tp.
-                data_parallel=1 if server.get("enable_dp_attention") else int(server.get("dp_size", 1)),
-                expert_parallel=int(server.get("ep_size", 1)),
-                custom_loaders=tuple(server.get("custom_weight_loader") or ()),
-                settings=settings_of(server),
-            )
-            for url, model, server in zip(urls, models, servers, strict=True)
-        ]
+        infos = [server_info(*answers) for answers in zip(urls, models, servers, strict=True)]
         self._without_sessions -= set(urls)
         self._without_sessions |= {info.url for info in infos if not info.has_sessions}
         return infos

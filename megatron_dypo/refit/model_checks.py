@@ -24,8 +24,9 @@ from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.leader import Leader
 from megatron_dypo.refit.lockstep import Lockstep
+from megatron_dypo.refit.plan.server_mesh import check_serving
 from megatron_dypo.refit.source import Source
-from megatron_dypo.refit.transports.server_ranks import planned_problem
+from megatron_dypo.refit.transports.reported_mesh import mesh_of, planned_problem
 
 
 def check_shapes(
@@ -61,6 +62,11 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
     """
     if problem := problem_of(info.settings, "auto"):
         raise ServerError(f"{info.url}: {problem}")
+    if not arch.is_bridged:
+        try:
+            check_serving(arch, mesh_of(info))
+        except ValueError as error:
+            raise ServerError(f"{info.url}: {error}") from error
     if note := arch.check_serving(0):
         raise ServerError(f"{info.url}: {note}")
     if info.model_type != arch.family:
@@ -100,7 +106,7 @@ def check_model(
 def _check_servers(control: SGLangControl, arch: Architecture, transport: str, deadline: Deadline) -> None:
     for info in control.describe(deadline):
         check_server(info, arch)
-        if transport in PLANNED and (problem := planned_problem([info])):
+        if transport in PLANNED and not arch.is_bridged and (problem := planned_problem([info], arch)):
             raise ServerError(problem)  # without a URL: the config is at fault, so the server is not fenced
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.refit_plan import make_plan
-from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name
 from megatron_dypo.refit.plan.server_tensors import served_tensors

@@ -16,7 +16,7 @@ import torch
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import Experts
 from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
 from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
@@ -81,6 +81,11 @@ CASES = {
         (ServerMesh(tensor=1), ServerMesh(tensor=2))),
     "tied": (TIED, Mesh(pipeline=2, data=2), (ServerMesh(tensor=2), ServerMesh(tensor=2))),
     "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (ServerMesh(tensor=2, expert=2),)),
+    "copies of attention": (
+        DENSE,
+        Mesh(tensor=2, data=2),
+        (ServerMesh(tensor=4, attention_data=2), ServerMesh(tensor=2, attention_data=2, output_by_attention=True)),
+    ),
     "experts behind a dense layer": (
         GLM,
         Mesh(tensor=2, pipeline=2, expert=2, first_stage_layers=1),

@@ -18,7 +18,7 @@ from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.refit_plan import Transfer, make_plan
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
-from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 

@@ -15,7 +15,7 @@ from megatron_dypo.models.architecture import Architecture, architecture_from_hf
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, make_plan
-from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from megatron_dypo.refit.plan.summary import summarize
 
 LLAMA_3_70B = {

@@ -66,12 +66,27 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = FAMILIES) 
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
         source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
         servers = tuple(dataclasses.replace(e, expert=draw(st.sampled_from(divisors(e.tensor)))) for e in servers)
+    if family not in ("llama", "qwen2"):
+        servers = tuple(_with_copies(draw, server, family) for server in servers)
     each = virtual_pipeline * draw(st.integers(1, 2))
     stage_layers = [each] * pipeline
     stage_layers[0] = source.first_stage_layers or each
     stage_layers[-1] = source.last_stage_layers or stage_layers[-1]
     arch = draw(_architectures(family, source, servers, unit, sum(stage_layers)))
     return Case(arch=arch, source=source, servers=servers, stage_layers=tuple(stage_layers))
+
+
+def _with_copies(draw: st.DrawFn, server: ServerMesh, family: str) -> ServerMesh:
+    """Draw copies of attention, and what ranks hold whole."""
+    copies = draw(st.sampled_from([1, *divisors(server.tensor)]))
+    has_shared = family in ("deepseek_v3", "glm4_moe")
+    return dataclasses.replace(
+        server,
+        attention_data=copies,
+        output_by_attention=copies == server.tensor > 1 and draw(st.booleans()),
+        whole_dense=has_shared and draw(st.booleans()),
+        whole_shared=has_shared and draw(st.booleans()),
+    )
 
 
 @st.composite
@@ -152,6 +167,10 @@ class NaiveServerRank:
         not split them."""
         self._arch, self._size, self._rank = arch, server.tensor, server_rank
         self._expert_size, self._split_inputs = server.expert, split_inputs
+        self._attention = server.tensor // server.attention_data
+        self._output = self._attention if server.output_by_attention else server.tensor
+        self._dense = 1 if server.whole_dense else server.tensor
+        self._shared = 1 if server.whole_shared else server.tensor
 
     def linear(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
         """Load one kind of tensors as one layer's QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear and
@@ -160,45 +179,49 @@ class NaiveServerRank:
         tensors = (self._latent if self._arch.latent else self._qkv)(hf, attention, kind)
         if kind == "bias":
             return tensors
-        tensors[f"{attention}o_proj.{kind}"] = self._inputs(hf[f"{attention}o_proj.{kind}"])
+        tensors[f"{attention}o_proj.{kind}"] = self._inputs(hf[f"{attention}o_proj.{kind}"], self._attention)
         if f"{prefix}mlp.gate_proj.{kind}" in hf:
-            return {**tensors, **self._mlp(hf, f"{prefix}mlp.", kind)}
+            return {**tensors, **self._mlp(hf, f"{prefix}mlp.", kind, self._dense)}
         shared = f"{prefix}mlp.shared_experts."
         if f"{shared}up_proj.{kind}" in hf:
-            tensors |= self._mlp(hf, shared, kind)
+            tensors |= self._mlp(hf, shared, kind, self._shared)
         if self._arch.family == "gpt_oss":
             return tensors
         return {**tensors, **self._experts(hf, f"{prefix}mlp.experts.", kind)}
 
     def _qkv(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
         query, key, value = (hf[f"{prefix}{name}_proj.{kind}"] for name in "qkv")
-        return {f"{prefix}qkv_proj.{kind}": torch.cat([self._part(query), self._kv_heads(key), self._kv_heads(value)])}
+        return {
+            f"{prefix}qkv_proj.{kind}": torch.cat(
+                [self._part(query, self._attention), self._kv_heads(key), self._kv_heads(value)]
+            )
+        }
 
     def _latent(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
         """Load as deepseek_weight_loader.py does: down-projections are replicated, and fused if both are there."""
         down = hf[f"{prefix}kv_a_proj_with_mqa.{kind}"]
-        tensors = {f"{prefix}kv_b_proj.{kind}": self._part(hf[f"{prefix}kv_b_proj.{kind}"])}
+        tensors = {f"{prefix}kv_b_proj.{kind}": self._part(hf[f"{prefix}kv_b_proj.{kind}"], self._attention)}
         if f"{prefix}q_proj.{kind}" in hf:
-            tensors[f"{prefix}q_proj.{kind}"] = self._part(hf[f"{prefix}q_proj.{kind}"])
+            tensors[f"{prefix}q_proj.{kind}"] = self._part(hf[f"{prefix}q_proj.{kind}"], self._attention)
             return {**tensors, f"{prefix}kv_a_proj_with_mqa.{kind}": down}
-        tensors[f"{prefix}q_b_proj.{kind}"] = self._part(hf[f"{prefix}q_b_proj.{kind}"])
+        tensors[f"{prefix}q_b_proj.{kind}"] = self._part(hf[f"{prefix}q_b_proj.{kind}"], self._attention)
         tensors[f"{prefix}fused_qkv_a_proj_with_mqa.{kind}"] = torch.cat([hf[f"{prefix}q_a_proj.{kind}"], down])
         return tensors
 
-    def _mlp(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
+    def _mlp(self, hf: dict[str, Tensor], prefix: str, kind: str, size: int) -> dict[str, Tensor]:
         gate, up, down = (hf[f"{prefix}{name}_proj.{kind}"] for name in ("gate", "up", "down"))
-        inputs = torch.cat([self._part(gate), self._part(up)])
-        return {f"{prefix}gate_up_proj.{kind}": inputs, f"{prefix}down_proj.{kind}": self._inputs(down)}
+        inputs = torch.cat([self._part(gate, size), self._part(up, size)])
+        return {f"{prefix}gate_up_proj.{kind}": inputs, f"{prefix}down_proj.{kind}": self._inputs(down, size)}
 
     def whole(self, hf: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return all tensors of an unquantised model."""
         arch = self._arch
         tensors = {name: tensor for name, tensor in hf.items() if "norm" in name or ".mlp.gate." in name}
-        tensors["model.embed_tokens.weight"] = self._vocabulary(hf["model.embed_tokens.weight"])
+        tensors["model.embed_tokens.weight"] = self._vocabulary(hf["model.embed_tokens.weight"], self._attention)
         if not arch.tied_embeddings:
-            tensors["lm_head.weight"] = self._vocabulary(hf["lm_head.weight"])
+            tensors["lm_head.weight"] = self._vocabulary(hf["lm_head.weight"], self._output)
         elif arch.family == "qwen3_moe":
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+            tensors["lm_head.weight"] = self._vocabulary(hf["model.embed_tokens.weight"], self._output)
         for layer in range(arch.num_layers):
             for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
                 tensors.update(self.linear(hf, f"model.layers.{layer}.", kind))
@@ -210,7 +233,7 @@ class NaiveServerRank:
         for name, tensor in stored_tensors(hf.items(), self._arch):
             owner, _, kind = name.rpartition(".")
             if kind == "sinks":
-                tensors[name] = self._part(tensor)
+                tensors[name] = self._part(tensor, self._attention)
             elif ".mlp.router." in name or name.endswith("o_proj.bias"):
                 tensors[name] = tensor
             elif kind == "gate_up_proj":
@@ -223,23 +246,24 @@ class NaiveServerRank:
                 tensors[f"{owner}.w2_weight_bias"] = torch.zeros_like(tensor) if self._rank else tensor
         return tensors
 
-    def _part(self, tensor: Tensor) -> Tensor:
-        return tensor.tensor_split(self._size)[self._rank]
+    def _part(self, tensor: Tensor, size: int) -> Tensor:
+        """Split over ``size`` neighbouring ranks; the next ones begin anew."""
+        return tensor.tensor_split(size)[self._rank % size]
 
-    def _inputs(self, tensor: Tensor) -> Tensor:
-        return tensor.tensor_split(self._size, 1)[self._rank] if self._split_inputs else tensor
+    def _inputs(self, tensor: Tensor, size: int) -> Tensor:
+        return tensor.tensor_split(size, 1)[self._rank % size] if self._split_inputs else tensor
 
     def _kv_heads(self, tensor: Tensor) -> Tensor:
         heads = list(tensor.tensor_split(self._arch.num_key_value_heads))
-        if self._size > len(heads):
-            return heads[self._rank // (self._size // len(heads))]
-        return self._part(tensor)
+        if self._attention > len(heads):
+            return heads[self._rank % self._attention // (self._attention // len(heads))]
+        return self._part(tensor, self._attention)
 
-    def _vocabulary(self, tensor: Tensor) -> Tensor:
+    def _vocabulary(self, tensor: Tensor, size: int) -> Tensor:
         padded = math.ceil(len(tensor) / 64) * 64
-        if padded % self._size:
-            padded = math.ceil(len(tensor) / (64 * self._size)) * 64 * self._size
-        return self._part(torch.cat([tensor, tensor.new_zeros(padded - len(tensor), tensor.shape[1])]))
+        if padded % size:
+            padded = math.ceil(len(tensor) / (64 * size)) * 64 * size
+        return self._part(torch.cat([tensor, tensor.new_zeros(padded - len(tensor), tensor.shape[1])]), size)
 
     def _experts(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
         assert self._arch.experts is not None

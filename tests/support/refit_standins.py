@@ -23,7 +23,8 @@ from megatron_dypo.models.families.table import EXPERT, LAYER
 from megatron_dypo.models.rules import Rule
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.server_tensors import ServerMesh, served_tensors
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
+from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
 from tests.support.dist.spawn import forking
@@ -186,6 +187,12 @@ def standin_server(
         model_type=arch.family,
         tp_size=layout.tensor,
         ep_size=layout.expert,
+        settings={
+            "attn_dp_size": layout.attention_data,
+            "enable_dp_attention": layout.attention_data > 1,
+            "enable_dp_lm_head": layout.output_by_attention,
+            "moe_dense_tp_size": 1 if layout.whole_dense else None,
+        },
         loaders=("megatron_dypo.refit.receiver.load",),
     )
     server.start_ranks(ranks, prepare)

@@ -21,7 +21,7 @@ from megatron_dypo.models.quantized.names import BLOCK, Quantization, scale_name
 from megatron_dypo.models.quantized.refusals import require_quantizable
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.layer_template import SCALE_BYTES, Encoding
-from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from megatron_dypo.refit.plan.streams import Cut, Streams
 
 __all__ = ["ServerMesh", "RefitPlan", "Mesh", "Transfer", "make_plan"]

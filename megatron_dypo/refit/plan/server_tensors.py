@@ -2,16 +2,17 @@
 
 Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe,deepseek_v2,glm4_moe,gpt_oss}.py``, ``layers/linear.py``
 (fused projections, replicated key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and
-``layers/moe/fused_moe_triton/layer.py`` (expert stacks). Not supported: shared experts that SGLang fuses with the
-others, attention data parallelism, redundant experts, and kernels that reorder weights after loading.
+``layers/moe/fused_moe_triton/layer.py`` (expert stacks). With ``--attn-dp-size`` ranks that are neighbours share one
+copy of attention and of the embedding; MLPs, experts and the output layer are split over all ranks, as without it. Not
+supported: shared experts that SGLang fuses with the others, redundant experts, and kernels that reorder weights after
+loading.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megatron_dypo.checks import require, require_positive
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import Experts
 from megatron_dypo.models.families.table import LAYER, Layers
@@ -19,23 +20,10 @@ from megatron_dypo.refit.plan.rectangles import Rectangle
 from megatron_dypo.refit.plan.served_latent import latent_attention
 from megatron_dypo.refit.plan.served_stacks import stacked_experts
 from megatron_dypo.refit.plan.served_tensor import ServedTensor, columns, rows, whole
+from megatron_dypo.refit.plan.server_mesh import ServerMesh, check_server_mesh, padded_vocab_size
 
-_VOCAB_MULTIPLE = 64
 _LAYER = f"model.layers.{LAYER}."
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerMesh:
-    """Sizes of the axes of one SGLang server."""
-
-    tensor: int
-    """``--tp-size``."""
-    expert: int = 1
-    """``--ep-size``: each rank holds 1/expert of the experts, each split over tensor / expert ranks."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "tensor", "expert")
 
 
 def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> list[ServedTensor]:
@@ -45,49 +33,18 @@ def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> 
         ValueError: the server's mesh does not suit the architecture.
     """
     check_server_mesh(arch, server)
-    names = (_EMBEDDING,) if _shares_embedding(arch) else (_EMBEDDING, _OUTPUT)
+    sizes = {_EMBEDDING: server.attention}
+    if not _shares_embedding(arch):
+        sizes[_OUTPUT] = server.output
+    attention = latent_attention if arch.latent else _attention
     return [
-        *(_vocabulary(arch, server.tensor, server_rank, name) for name in names),
+        *(_vocabulary(arch, size, server_rank % size, name) for name, size in sizes.items()),
         *_norms(arch),
-        *(latent_attention if arch.latent else _attention)(arch, server.tensor, server_rank),
-        *(_mlp(arch, server.tensor, server_rank) if arch.num_dense_layers else ()),
+        *attention(arch, server.attention, server_rank % server.attention),
+        *(_mlp(arch, server.dense, server_rank % server.dense) if arch.num_dense_layers else ()),
         *(_any_experts(arch, arch.experts, server, server_rank) if arch.experts else ()),
         whole("model.norm.weight", (arch.hidden_size,)),
     ]
-
-
-def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
-    """Raise ValueError unless SGLang can hold the architecture without padded heads or features."""
-    tensor, expert, kv_heads = server.tensor, server.expert, arch.num_key_value_heads
-    _require_divides(tensor, "num_attention_heads", arch.num_attention_heads)
-    require(
-        kv_heads % tensor == 0 or tensor % kv_heads == 0,
-        f"server tensor={tensor}",
-        f"must divide num_key_value_heads={kv_heads} or be a multiple of it",
-    )
-    if arch.num_dense_layers:
-        _require_divides(tensor, "intermediate_size", arch.ffn_hidden_size)
-    if arch.experts is None:
-        require(expert == 1, f"server expert={expert}", f"a {arch.family} model has no experts")
-        return
-    require(
-        expert == 1 or not arch.experts.is_stacked,
-        f"server expert={expert}",
-        f"must be 1 for a {arch.family} model: SGLang loads stacked experts whole on every rank",
-    )
-    require(tensor % expert == 0, f"server expert={expert}", f"does not divide server tensor={tensor}")
-    require(
-        arch.experts.num_experts % expert == 0,
-        f"server expert={expert}",
-        f"does not divide num_experts={arch.experts.num_experts}",
-    )
-    width = "intermediate_size" if arch.experts.is_stacked else "moe_intermediate_size"
-    _require_divides(tensor // expert, width, arch.experts.ffn_hidden_size)
-    _require_divides(tensor, "n_shared_experts · moe_intermediate_size", arch.experts.shared_width)
-
-
-def _require_divides(size: int, name: str, value: int) -> None:
-    require(value % size == 0, f"server tensor={size}", f"does not divide {name}={value}")
 
 
 def _shares_embedding(arch: Architecture) -> bool:
@@ -96,11 +53,8 @@ def _shares_embedding(arch: Architecture) -> bool:
 
 
 def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) -> ServedTensor:
-    """Return a range of the vocabulary, padded to a multiple of 64, or of 64 × tensor if ranks could not split that."""
-    multiple = _VOCAB_MULTIPLE
-    if _round_up(arch.vocab_size, multiple) % tensor:
-        multiple *= tensor
-    local = _round_up(arch.vocab_size, multiple) // tensor
+    """Return a range of the padded vocabulary."""
+    local = padded_vocab_size(arch.vocab_size, tensor) // tensor
     start = min(server_rank * local, arch.vocab_size)
     length = min(local, arch.vocab_size - start)
     hf_name = _EMBEDDING if arch.tied_embeddings else name
@@ -168,7 +122,8 @@ def _experts(arch: Architecture, experts: Experts, server: ServerMesh, server_ra
         yield replace(whole(f"{gate}e_score_correction_bias", (experts.num_experts,)), layers="experts")
     if experts.shared_width:
         shared = f"{_LAYER}mlp.shared_experts."
-        yield from _gated(shared, experts.shared_width, arch, server.tensor, server_rank, "experts")
+        size = server.shared
+        yield from _gated(shared, experts.shared_width, arch, size, server_rank % size, "experts")
     for stack in _stacks(experts, hidden, server, server_rank):
         yield replace(stack, layers="experts")
 
@@ -196,7 +151,3 @@ def _stacks(experts: Experts, hidden_size: int, server: ServerMesh, server_rank:
     )
     yield rows(f"{prefix}w13_weight", (count, 2 * local, hidden_size), inputs)
     yield ServedTensor(name=f"{prefix}w2_weight", shape=(count, hidden_size, local), rectangles=outputs)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -18,7 +18,8 @@ from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.layer_template import Encoding, Piece, Template, check_blocks, make_template
 from megatron_dypo.refit.plan.rectangles import Rectangle
 from megatron_dypo.refit.plan.served_tensor import ServedTensor
-from megatron_dypo.refit.plan.server_tensors import ServerMesh, served_tensors
+from megatron_dypo.refit.plan.server_mesh import ServerMesh
+from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.plan.trainer_shards import (
     Kind,
     Place,

@@ -11,6 +11,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_dypo.config.refit import RefitConfig
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
@@ -19,7 +20,7 @@ from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.broadcast import BroadcastConnection
 from megatron_dypo.refit.transports.planned import PlannedConnection
-from megatron_dypo.refit.transports.server_ranks import planned_problem
+from megatron_dypo.refit.transports.reported_mesh import planned_problem
 from megatron_dypo.refit.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
@@ -44,8 +45,7 @@ def connect(
     """
     leader = control if source.layout.is_global_leader else None
     one_host = len(set(lockstep.gather(host_id()))) == 1
-    has_table = not source.arch.is_bridged
-    ask = functools.partial(_ask_and_choose, config=config, one_host=one_host, has_table=has_table, deadline=deadline)
+    ask = functools.partial(_ask_and_choose, config=config, one_host=one_host, arch=source.arch, deadline=deadline)
     chosen = lockstep.run(functools.partial(ask, leader) if leader else None)
     kind = next(kind for kind in lockstep.gather(chosen) if kind is not None)
     if kind == "broadcast":
@@ -53,19 +53,17 @@ def connect(
     return PlannedConnection.open(source, leader, lockstep, kind, config, deadline)
 
 
-def choose(
-    config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool, has_table: bool = True
-) -> tuple[Kind, str]:
+def choose(config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool, arch: Architecture) -> tuple[Kind, str]:
     """Return the transport, and the reason for it.
 
     Args:
         one_host: whether all trainer ranks are on this host.
-        has_table: whether the model has a name table, from which a refit is planned.
+        arch: the policy. Its name table, from which a refit is planned, is missing if it is bridged.
 
     Raises:
         ServerError: the requested transport is not possible; with ``auto``, no transport is.
     """
-    planned = planned_problem(infos) if has_table else "the model has no name table (model.family=bridge)"
+    planned = "the model has no name table (model.family=bridge)" if arch.is_bridged else planned_problem(infos, arch)
     quantizes = config.quantize != "none"
     problems: dict[str, str | None] = {
         "local": planned or _local_problem(infos, one_host),
@@ -97,9 +95,9 @@ def is_here(url: str) -> bool:
 
 
 def _ask_and_choose(
-    control: SGLangControl, *, config: RefitConfig, one_host: bool, has_table: bool, deadline: Deadline
+    control: SGLangControl, *, config: RefitConfig, one_host: bool, arch: Architecture, deadline: Deadline
 ) -> Kind:
-    kind, reason = choose(config, control.describe(deadline), one_host, has_table)
+    kind, reason = choose(config, control.describe(deadline), one_host, arch)
     logger.info("weights go to the servers by transport=%s: %s", kind, reason)
     return kind
 

@@ -26,7 +26,8 @@ from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection, Step
 from megatron_dypo.refit.transports.links import DEPTH
 from megatron_dypo.refit.transports.lost_peers import LostServers
-from megatron_dypo.refit.transports.server_ranks import Offer, ServerRanks, server_mesh
+from megatron_dypo.refit.transports.reported_mesh import server_mesh
+from megatron_dypo.refit.transports.server_ranks import Offer, ServerRanks
 from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 from megatron_dypo.refit.transports.update_group import address_towards
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dypo.config.server_flags import problem_of
 from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.stores import ServedStore
-from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.answers import ServerError
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import (
     GO,
@@ -28,9 +27,8 @@ from megatron_dypo.refit.control_message import (
     to_payload,
 )
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
+from megatron_dypo.refit.plan.refit_plan import RefitPlan
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
-from megatron_dypo.supported import WEIGHT_SESSIONS
 
 _FUSION_HINT = (
     "; SGLang has fused the shared experts with the others: start it with --disable-shared-experts-fusion "
@@ -52,43 +50,6 @@ class Offer:
     message: ControlMessage
     """The message to the first rank of the first server. Other server ranks get the same with their own server and
     rank."""
-
-
-def server_mesh(info: ServerInfo) -> ServerMesh:
-    """Return the mesh of a server.
-
-    Raises:
-        ServerError: the planned transports cannot reach this server.
-    """
-    for name in ("pipeline_parallel", "data_parallel"):
-        size = getattr(info, name)
-        if size != 1:
-            raise ServerError(f"{info.url}: {name}={size}: p2p and local need 1; use refit.transport=disk", info.url)
-    if not info.has_sessions:
-        raise ServerError(
-            f"{info.url}: SGLang {info.sglang}: p2p and local need {WEIGHT_SESSIONS} or newer, which has weight-update "
-            "sessions; use refit.transport=broadcast or disk",
-            info.url,
-        )
-    if problem := problem_of(info.settings, "p2p"):
-        raise ServerError(f"{info.url}: {problem}", info.url)
-    if WEIGHT_LOADER not in info.custom_loaders:
-        raise ServerError(
-            f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "
-            f"--custom-weight-loader {WEIGHT_LOADER}, or use refit.transport=broadcast",
-            info.url,
-        )
-    return ServerMesh(tensor=info.tensor_parallel, expert=info.expert_parallel)
-
-
-def planned_problem(infos: Sequence[ServerInfo]) -> str | None:
-    """Return why the planned transports cannot reach one of the servers; None: they can reach all."""
-    for info in infos:
-        try:
-            server_mesh(info)
-        except ServerError as error:
-            return str(error)
-    return None
 
 
 class ServerRanks:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import megatron_dypo
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.config.server_flags import spreads_attention, value_of
+from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.environment import NO_WATCHDOG, without_expandable_segments
 from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 from megatron_dypo.rollout.proxies import direct_hosts
@@ -26,8 +28,11 @@ _HIDDEN = re.compile(
     r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|.*_(API|STORE)_KEY"
 )
 """Variables that a server must not see: torchrun's, and keys."""
-_NETWORK_STORE_FLAGS = ("--dist-init-addr", "--nnodes", "--nccl-port", "--dp-size", "--data-parallel-size")
-"""Flags of servers whose process groups do not all meet on one store of this host."""
+_ADDRESS_FLAGS = ("--dist-init-addr", "--nccl-init-addr")
+_FIRST_SPREAD_PORT, _SPREAD_PORTS = 10_000, 16
+"""Ports of a server whose ranks attend to requests of their own: SGLang takes those from 1 to 6 and 13 after that of
+``--dist-init-addr``. Left to itself it takes them near the server's port, where those of two servers overlap. They lie
+below the ports that the kernel gives to connections."""
 
 
 class PortLease:
@@ -46,20 +51,21 @@ class PortLease:
         self._claim.close()
 
 
-def lease_port(host: str, first: int) -> PortLease:
-    """Return the lowest free and unclaimed port from ``first`` upward.
+def lease_port(host: str, first: int, count: int = 1) -> PortLease:
+    """Return the lowest free and unclaimed port from ``first`` upward, or the first of ``count`` such in a row.
 
     Raises:
         ValueError: no port up to 65535 is free, or ``host`` is no address of this machine.
         OSError: this process may not open a socket there.
     """
-    for port in range(first, 65536):
+    for port in range(first, 65537 - count, count):
         claim = socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0megatron-dypo-port-{port}")
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
+            for other in range(port, port + count):
+                with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((host, other))
         except OSError as error:
             claim.close()
             if error.errno == errno.EADDRINUSE:
@@ -69,6 +75,14 @@ def lease_port(host: str, first: int) -> PortLease:
             raise  # a port below 1024, no descriptors: other ports would fail as well
         return PortLease(port, claim)
     raise ValueError(f"rollout.servers.port={first}: no free port from there up to 65535 on {host}")
+
+
+def lease_spread_ports(cfg: ServersConfig) -> PortLease | None:
+    """Return the first of the ports that the processes of a server need among themselves; None: they need none, or
+    ``extra_args`` names them."""
+    if spreads_attention(cfg.extra_args) and value_of(cfg.extra_args, *_ADDRESS_FLAGS) is None:
+        return lease_port(LOOPBACK, _FIRST_SPREAD_PORT, _SPREAD_PORTS)
+    return None
 
 
 def server_command(
@@ -81,10 +95,14 @@ def server_command(
     seed: int,
     device: str,
     key_file: Path,
+    spread_port: int | None = None,
 ) -> list[str]:
     """Return the command line of server ``index`` of a run, without the API key, which ``ps`` would show.
 
     SGLang needs no tokenizer, since tokens go in and out. So the model may have any tokenizer that this package reads.
+
+    Args:
+        spread_port: see :func:`lease_spread_ports`.
 
     Raises:
         ValueError: the trainer does not have ``dtype``.
@@ -105,6 +123,8 @@ def server_command(
         command += ["--base-gpu-id", str((cfg.base_gpu or 0) + index * cfg.tensor_parallel)]
     if max_total_tokens is not None:
         command += ["--max-total-tokens", str(max_total_tokens)]
+    if spread_port is not None:
+        command += ["--dist-init-addr", f"{LOOPBACK}:{spread_port}"]
     if cfg.mem_fraction is not None:
         command += ["--mem-fraction-static", str(cfg.mem_fraction)]
     return [*command, *cfg.extra_args]
@@ -171,10 +191,12 @@ def store_environment(command: Sequence[str], folder: Path) -> dict[str, str]:
     """Return the variables with which a server's processes meet in a file. Only this user may enter ``folder``.
 
     Otherwise SGLang opens a TCP store, which listens on all addresses and asks for no key. For a server on several
-    nodes, or with data parallelism, there is no way around it.
+    nodes, or with replicas of the whole model, there is no way around it.
     """
-    flags = [re.split("[= ]", argument, maxsplit=1)[0] for argument in command]
-    if any(len(flag) > 3 and name.startswith(flag) for flag in flags for name in _NETWORK_STORE_FLAGS):
+    address = str(value_of(command, *_ADDRESS_FLAGS) or f"{LOOPBACK}:0")
+    replicas = value_of(command, "--dp-size", "--data-parallel-size") and not value_of(command, "--enable-dp-attention")
+    is_elsewhere = not is_loopback(address.rpartition(":")[0])
+    if replicas or is_elsewhere or value_of(command, "--nnodes") or value_of(command, "--nccl-port"):
         return {}
     return {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder / 'store'}"}
 

@@ -19,6 +19,7 @@ from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import (
     available_cores,
     lease_port,
+    lease_spread_ports,
     link_package,
     server_command,
     server_environment,
@@ -120,6 +121,9 @@ class ServerPool:
         for index in range(cfg.per_node):
             lease = lease_port(cfg.host, cfg.port)
             self._on_stop.callback(lease.release)
+            spread = lease_spread_ports(cfg)
+            if spread is not None:
+                self._on_stop.callback(spread.release)
             url = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{lease.port}"
             log_path = log_dir / f"sglang_{index}.log"
             process = ServerProcess(f"SGLang server {index}", url, log_path, grace_s=cfg.stop_grace_s)
@@ -132,6 +136,7 @@ class ServerPool:
                 seed=seed,
                 device=device,
                 key_file=process.key_file,
+                spread_port=spread.port if spread else None,
             )
             assert self.api_key is not None
             start = functools.partial(process.start, command, env, self.api_key)

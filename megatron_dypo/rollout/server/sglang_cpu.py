@@ -167,6 +167,16 @@ def _serve_sinks() -> None:
     TorchNativeAttnBackend.forward_decode = with_sinks(TorchNativeAttnBackend.forward_decode)
 
 
+def _serve_padded_batches() -> None:
+    """Let plain torch's backend pad a batch, as SGLang does where ranks attend to requests of their own: such a rank
+    runs as many rows as the rank with the most. An SGLang that has not the backend serves other models as before."""
+    try:
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    except ImportError:
+        return
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda _: 1
+
+
 def _attend_with_sinks(
     sinks: Any,
     query: Any,
@@ -211,6 +221,7 @@ def main() -> None:
 
     _serve_latent_attention()
     _serve_sinks()
+    _serve_padded_batches()
     gc.freeze()
     gc.enable()
     try:

@@ -38,7 +38,7 @@ def assert_served(servers: Servers, make: Callable[[Path, int], Path], folder: P
         meta = seen[transport]
         new = [entry[1] for entry in meta["output_token_logprobs"]]
         served = [entry[0] for entry in (*meta["input_token_logprobs"][1:], *meta["output_token_logprobs"])]
-        np.testing.assert_allclose(served, _logps(model, [*TOKENS, *new]), atol=1e-5, rtol=0, err_msg=transport)
+        np.testing.assert_allclose(served, logps_of(model, [*TOKENS, *new]), atol=1e-5, rtol=0, err_msg=transport)
 
 
 def rank_refits(servers: Servers, models: dict[str, str]) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def rank_refits(servers: Servers, models: dict[str, str]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _logps(model: Path, tokens: list[int]) -> np.ndarray:
+def logps_of(model: Path, tokens: list[int]) -> np.ndarray:
+    """Return transformers' log-probs of the tokens after the first."""
     oracle = import_transformers().AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     logp_LV = torch.log_softmax(oracle(torch.tensor(tokens)[None]).logits[0], dim=-1)
     return logp_LV[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()

@@ -86,6 +86,7 @@ class Running:
 
     servers: Servers
     url: str
+    tokens: int = IN_FLIGHT_TOKENS
     last: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +98,7 @@ class Running:
     def _read(self) -> None:
         body = {
             "input_ids": PROMPT,
-            "sampling_params": {"temperature": 1.0, "max_new_tokens": IN_FLIGHT_TOKENS, "ignore_eos": True},
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": self.tokens, "ignore_eos": True},
             "stream": True,
         }
         with urllib.request.urlopen(request(self.servers, self.url, "/generate", body), timeout=120) as answer:

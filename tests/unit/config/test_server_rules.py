@@ -179,9 +179,9 @@ UNSERVED = [
     (("--speculative-draft-model", "d"), "--speculative-draft-model d", "brings no weights to a draft model"),
 ]
 UNPLANNED = [
-    (("--attn-dp-size", "4"), "--attn-dp-size 4"),
-    (("--dp-size", "4", "--enable-dp-attention"), "--enable-dp-attention"),
-    (("--moe-dense-tp-size", "1"), "--moe-dense-tp-size 1"),
+    (("--moe-dp-size", "2"), "--moe-dp-size 2"),
+    (("--attn-cp-size=2",), "--attn-cp-size 2"),
+    (("--moe-a2a-backend", "megamoe"), "--moe-a2a-backend megamoe"),
     (("--enable-eplb", "--context-length", "9"), "--enable-eplb"),
     (("--ep-num-redundant-experts=32",), "--ep-num-redundant-experts 32"),
     (("--init-expert-location", "experts.json"), "--init-expert-location experts.json"),
@@ -226,12 +226,15 @@ def test_servers_that_the_plan_does_not_know_are_refused_for_planned_transports_
     [
         ("--weight-cache-mode", "off"),
         ("--speculative-algorithm", "NGRAM"),
-        ("--attn-dp-size=1", "--ep-num-redundant-experts", "0"),
+        ("--attn-cp-size=1", "--ep-num-redundant-experts", "0"),
+        ("--attn-dp-size", "4", "--moe-dense-tp-size", "1", "--enable-dp-lm-head"),
+        ("--dp-size", "4", "--enable-dp-attention"),
+        ("--moe-a2a-backend", "deepep"),
         ("--ep", "4"),
         ("--init-expert-location", "trivial"),
     ],
 )
-def test_values_that_change_nothing_are_accepted(arguments: tuple[str, ...]) -> None:
+def test_values_that_change_nothing_or_that_the_plan_knows_are_accepted(arguments: tuple[str, ...]) -> None:
     config_with(arguments, "p2p")
 
 

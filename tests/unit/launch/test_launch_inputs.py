@@ -81,6 +81,43 @@ def test_experts_in_mxfp4_are_refused_where_servers_would_be_refitted(tmp_path: 
     assert check_inputs(alone).problems == []
 
 
+COPIES = ["--attn-dp-size", "2"]
+QWEN3 = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8}
+QWEN3 |= {"num_key_value_heads": 8, "intermediate_size": 96, "max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p", "broadcast"])
+@pytest.mark.parametrize(
+    ("model", "tensor", "extra", "words"),
+    [
+        ("llama", 2, COPIES, "server attn_dp_size=2: must be 1 for a llama model: SGLang splits its attention over"),
+        ("qwen3", 3, COPIES, "server attn_dp_size=2: does not divide server tensor=3"),
+        ("qwen3", 2, ["--moe-dense-tp-size=1"], "server moe_dense_tp_size=1: must be left out for a qwen3 model"),
+    ],
+)
+def test_servers_that_could_not_serve_the_model_are_refused_before_they_start(
+    model: str, tensor: int, extra: list[str], words: str, transport: str, tmp_path: Path
+) -> None:
+    servers = {"tensor_parallel": tensor, "extra_args": extra}
+    published = {**QWEN3, "model_type": model}
+    config = case(tmp_path, model=published, rollout={"servers": servers}, refit={"transport": transport})
+    (problem,) = check_inputs(config).problems
+    assert words in problem
+    assert "\n" not in problem
+
+
+def test_only_planned_refits_need_parts_that_suit_the_ranks(tmp_path: Path) -> None:
+    """The heads need to suit the ranks of one copy of attention."""
+
+    def problems(tensor: int, transport: str) -> list[str]:
+        servers = {"servers": {"tensor_parallel": tensor, "extra_args": COPIES}}
+        return check_inputs(case(tmp_path, model=QWEN3, rollout=servers, refit={"transport": transport})).problems
+
+    assert problems(16, "p2p") == problems(16, "auto") == problems(32, "broadcast") == []
+    rule = "server tensor / attn_dp_size=16: does not divide num_attention_heads=8"
+    assert [rule in problem for problem in problems(32, "p2p")] == [True]
+
+
 @pytest.mark.parametrize(("response", "trace"), [(65, 20), (20, 65)])
 def test_a_sliding_window_that_cuts_responses_or_traces_is_refused(response: int, trace: int, tmp_path: Path) -> None:
     (problem,) = check_inputs(case(tmp_path, model=MISTRAL, **lengths(64, response, trace))).problems

@@ -1,6 +1,7 @@
 """The order of a refit's calls, and the state after a failure of each: one rank, fake servers, the disk transport."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -134,8 +135,9 @@ def test_a_running_server_that_no_refit_can_serve_is_refused_before_the_pause(se
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"attn_dp_size": 2}, "attn_dp_size=2: the plan of p2p and local knows no attention data parallelism"),
-        ({"dp_size": 2, "enable_dp_attention": True}, "enable_dp_attention=True: the plan of p2p and local knows no"),
+        ({"attn_dp_size": 2}, "server attn_dp_size=2: does not divide server tensor=1"),
+        ({"tp_size": 4, "ep_size": 2}, "server expert=2: a qwen3 model has no experts"),
+        ({"tp_size": 16, "attn_dp_size": 2}, "server tensor / attn_dp_size=8: does not divide num_attention_heads=4"),
         ({"dp_size": 2}, "data_parallel=2: p2p and local need 1"),
         ({"enable_eplb": True}, "enable_eplb=True: the plan of p2p and local knows no experts that move"),
     ],
@@ -153,17 +155,38 @@ def test_replicas_of_attention_are_no_replicas_of_the_server(setting):
     """Before 0.5.23 SGLang reported them as dp_size. A broadcast then has as many ranks as tp_size says."""
     server = setting.servers[0]
     with contextlib.closing(SGLangControl([server.url], KEY)) as control:
-        for settings, replicas in (({"dp_size": 2}, 2), ({"dp_size": 2, "enable_dp_attention": True}, 1)):
+        for settings, replicas, copies in (
+            ({"dp_size": 2}, 2, 1),
+            ({"dp_size": 2, "enable_dp_attention": True}, 1, 2),
+            ({"attn_dp_size": 4, "enable_dp_attention": True}, 1, 4),
+        ):
             server.settings = settings
             (info,) = control.describe(Deadline(5.0))
-            assert info.data_parallel == replicas
+            assert (info.data_parallel, info.attention_data) == (replicas, copies)
 
 
 def test_sglangs_own_update_serves_attention_data_parallelism(setting):
     for server in setting.servers:
-        server.settings = {"dp_size": 2, "enable_dp_attention": True, "attn_dp_size": 2}
+        server.settings = {"tp_size": 4, "enable_dp_attention": True, "attn_dp_size": 2}
     setting.refitter.refit(1)
     assert all(server.posts == GOOD_REFIT for server in setting.servers)
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p", "broadcast", "disk"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"moe_dense_tp_size": 1}, "server moe_dense_tp_size=1: must be left out for a qwen3 model: SGLang splits its"),
+        ({"attn_dp_size": 3}, "server attn_dp_size=3: does not divide server tensor=2"),
+    ],
+)
+def test_servers_that_compute_the_model_wrongly_are_refused_before_the_pause(setting, settings, words, transport):
+    setting.refitter._config = dataclasses.replace(setting.refitter._config, transport=transport)
+    for server in setting.servers:
+        server.settings = {"tp_size": 2, **settings}
+    with pytest.raises(RefitError, match=f"{setting.servers[0].url}: {words}"):
+        setting.refitter.refit(1)
+    assert all("/pause_generation" not in server.posts for server in setting.servers)
 
 
 def test_another_size_is_refused_before_anything_is_sent(setting, tmp_path):

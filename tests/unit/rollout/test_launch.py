@@ -16,6 +16,7 @@ from megatron_dypo.rollout.server import command as command_module
 from megatron_dypo.rollout.server.command import (
     WEIGHT_LOADER,
     lease_port,
+    lease_spread_ports,
     link_package,
     server_command,
     server_environment,
@@ -25,7 +26,9 @@ from megatron_dypo.rollout.server.command import (
 PACKAGE = Path("/run/python_path")
 
 
-def command(device: str, index: int = 0, dtype: str = "float32", **fields: Any) -> list[str]:
+def command(
+    device: str, index: int = 0, dtype: str = "float32", spread_port: int | None = None, **fields: Any
+) -> list[str]:
     return server_command(
         ServersConfig(**fields),
         index=index,
@@ -35,6 +38,7 @@ def command(device: str, index: int = 0, dtype: str = "float32", **fields: Any) 
         seed=10,
         device=device,
         key_file=Path("/run/key.yaml"),
+        spread_port=spread_port,
     )
 
 
@@ -255,3 +259,35 @@ def test_the_sockets_of_a_server_have_short_addresses() -> None:
     for inherited, expected in ((long, "/tmp"), (short, short)):
         env = server_environment({"TMPDIR": inherited}, 1, "cpu", [0], PACKAGE, host="127.0.0.1")
         assert env["TMPDIR"] == expected
+
+
+@pytest.mark.parametrize("flags", [["--attn-dp-size", "2"], ["--enable-dp-attention", "--dp-size", "2"]])
+def test_a_server_whose_ranks_attend_to_requests_of_their_own_gets_ports_of_its_own(flags: list[str]) -> None:
+    """SGLang would take six ports from 233 after the server's, and the next server the same ones."""
+    cfg = ServersConfig(tensor_parallel=2, extra_args=tuple(flags))
+    leases = [lease for lease in (lease_spread_ports(cfg), lease_spread_ports(cfg)) if lease]
+    first, second = (lease.port for lease in leases)
+    for lease in leases:
+        lease.release()
+    assert second - first >= 14
+    arguments = command("gpu", extra_args=tuple(flags), spread_port=first)
+    assert value(arguments, "--dist-init-addr") == f"127.0.0.1:{first}"
+    assert store_environment(arguments, Path("/private")) != {}, "its processes meet in a file all the same"
+
+
+@pytest.mark.parametrize("flags", [[], ["--dist-init-addr", "node1:5", "--attn-dp-size", "2"], ["--attn-dp-size=1"]])
+def test_other_servers_get_no_further_ports(flags: list[str]) -> None:
+    assert lease_spread_ports(ServersConfig(tensor_parallel=2, extra_args=tuple(flags))) is None
+
+
+def test_a_row_of_ports_is_free_from_end_to_end() -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        lease = lease_port("127.0.0.1", 21_000, 16)
+        lease.release()
+        taken.bind(("127.0.0.1", lease.port + 13))
+        taken.listen()
+        other = lease_port("127.0.0.1", 21_000, 16)
+        other.release()
+    assert other.port > lease.port
+    assert (other.port - lease.port) % 16 == 0
