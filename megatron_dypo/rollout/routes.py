@@ -86,7 +86,7 @@ def read_routes(encoded: Sequence[Any], num_tokens: Sequence[int], shape: RouteS
     """Return the [L − 1, layers, k] routes of each of several sequences.
 
     Args:
-        encoded: ``meta_info.routed_experts`` of each answer, of any type.
+        encoded: ``meta_info.routed_experts`` of each answer, of any type; a text may be a memoryview of its bytes.
         num_tokens: L of each, tokens of prompt and response.
 
     Raises:
@@ -102,7 +102,7 @@ def read_routes(encoded: Sequence[Any], num_tokens: Sequence[int], shape: RouteS
 
 
 def _require_text(encoded: Any, size: tuple[int, ...]) -> None:
-    if not isinstance(encoded, str):
+    if not isinstance(encoded, str | memoryview):
         raise RoutesError("no routed_experts: the server needs --enable-return-routed-experts")
     num_bytes = 4 * math.prod(size)
     if len(encoded) != 4 * -(-num_bytes // 3):
@@ -112,7 +112,7 @@ def _require_text(encoded: Any, size: tuple[int, ...]) -> None:
         )
 
 
-def _decode(encoded: str, into: npt.NDArray[np.unsignedinteger[Any]], num_experts: int) -> None:
+def _decode(encoded: str | memoryview, into: npt.NDArray[np.unsignedinteger[Any]], num_experts: int) -> None:
     """Decode piece by piece, so that other threads need not wait for long."""
     filled = 0
     for start in range(0, len(encoded), _PIECE):
