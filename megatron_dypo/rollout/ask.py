@@ -93,9 +93,16 @@ class Answer:
         """The answer's JSON with arrays (:func:`read_columns`). Raises :class:`AttemptError` if it has none."""
         return self._decoded(read_columns)
 
+    def free(self) -> None:
+        """Give the memory of the body back. Nothing may be read from the answer afterwards."""
+        self._chunks = ()
+        self.__dict__.pop("_body", None)
+
     @functools.cached_property
     def _body(self) -> bytes:
-        return b"".join(self._chunks)
+        body = b"".join(self._chunks)
+        self._chunks = ()
+        return body
 
     def _decoded(self, decode: Callable[[bytes], Any]) -> Any:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_dypo.rollout.ask import AttemptError
+from megatron_dypo.rollout.ask import Answer, AttemptError
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.reader import AnswerReader
 from megatron_dypo.types import Tokens
@@ -103,6 +103,30 @@ def test_an_answer_is_refused_and_counted_in_the_same_way_however_its_lists_are_
     assert compact[0] == []
     assert compact[1] or compact[2].wrong_versions
     assert compact[2].dropped_rollouts > 0
+
+
+def test_the_bytes_of_an_answer_are_freed_once_it_is_read() -> None:
+    kept = list[Answer]()
+
+    def parse(_url: str, answer: Answer) -> int:
+        kept.append(answer)
+        assert bytes_of(answer) == [answer.num_bytes]
+        assert len(answer.payload) == 2
+        assert bytes_of(answer) == [answer.num_bytes], "the parts of the body are kept beside it"
+        return 7
+
+    def bytes_of(answer: Answer) -> list[int]:
+        found = [value if isinstance(value, list | tuple) else [value] for value in vars(answer).values()]
+        return [size] if (size := sum(len(part) for one in found for part in one if isinstance(part, bytes))) else []
+
+    async def run(url: str) -> int:
+        async with make_client([url]) as client:
+            return await client.exchange("/generate", lambda: b'{"input_ids": [1]}', max_bytes=2**30, parse=parse)
+
+    reply = functools.partial(replying, answer(4000), (",", ":"))
+    with FakeSGLang(lambda index, body: reply) as fake:
+        assert asyncio.run(run(fake.url)) == 7
+    assert bytes_of(kept[0]) == []
 
 
 def test_the_loop_goes_on_while_an_answer_is_read() -> None:
