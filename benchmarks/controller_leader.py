@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import statistics
 import sys
@@ -20,12 +21,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.processes.garbage import only_short_collections
+from megatron_dypo.rollout import responses
 from megatron_dypo.rollout.ask import Answer
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.descriptors import raise_descriptor_limit
 from megatron_dypo.rollout.reader import AnswerReader
+from megatron_dypo.rollout.routes import RouteShape
 from megatron_dypo.rollout.sampling import Sampling
-from megatron_dypo.types import Rollout, Sample, SampleKind, Tokens, Treatment
+from megatron_dypo.types import Rollout, Routes, Sample, SampleKind, Tokens, Treatment
 
 T = TypeVar("T")
 
@@ -39,12 +42,24 @@ class _InLoop(AnswerReader):
         return read()
 
 
+def read_routes_at_once(encoded: list[Any], num_tokens: list[int], shape: RouteShape) -> list[Routes]:
+    """Decode whole texts, and check the experts."""
+    found = []
+    for text, count in zip(encoded, num_tokens, strict=True):
+        experts = np.frombuffer(base64.b64decode(text, validate=True), "<i4")
+        assert 0 <= int(experts.min()) <= int(experts.max()) < shape.num_experts
+        found.append(experts.reshape(count - 1, shape.num_layers, shape.per_token).astype(shape.dtype))
+    return found
+
+
 class ListsClient(SGLangClient):
-    """The named alternative: ``json.loads``, a Python object and a check for each number, all in the event loop."""
+    """The named alternative: ``json.loads``, a Python object and a check for each number, and one decoding for the
+    routes of a rollout, all in the event loop."""
 
     async def __aenter__(self) -> ListsClient:
         await super().__aenter__()
         self._reader = _InLoop()
+        responses.read_routes = read_routes_at_once  # type: ignore[assignment]
         return self
 
     def _parse(self, sampling: Sampling, num_prompt_tokens: int, url: str, answer: Answer) -> tuple[Rollout, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_dypo.rollout.small_numbers import read_small
 from megatron_dypo.types import Routes
 
 _ON_DISK_BYTES = 8 * 2**20
@@ -116,16 +117,24 @@ def _decode(encoded: str | memoryview, into: npt.NDArray[np.unsignedinteger[Any]
     """Decode piece by piece, so that other threads need not wait for long."""
     filled = 0
     for start in range(0, len(encoded), _PIECE):
-        try:
-            raw = base64.b64decode(encoded[start : start + _PIECE], validate=True)
-            experts = np.frombuffer(raw, dtype="<i4")
-        except ValueError as error:
-            raise RoutesError(f"routed_experts: no base64 of int32: {error}") from error
-        if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
-            raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
+        piece = encoded[start : start + _PIECE]
+        experts = read_small(piece, num_experts) if into.itemsize == 1 and isinstance(piece, memoryview) else None
+        if experts is None:
+            experts = _decode_piece(piece, num_experts)
         if filled + len(experts) > len(into):
             break
         into[filled : filled + len(experts)] = experts
         filled += len(experts)
     if filled != len(into):
         raise RoutesError(f"routed_experts: the base64 of {filled} experts: must be {len(into)}")
+
+
+def _decode_piece(piece: str | memoryview, num_experts: int) -> npt.NDArray[Any]:
+    try:
+        raw = base64.b64decode(piece, validate=True)
+        experts = np.frombuffer(raw, dtype="<i4")
+    except ValueError as error:
+        raise RoutesError(f"routed_experts: no base64 of int32: {error}") from error
+    if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
+        raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
+    return experts

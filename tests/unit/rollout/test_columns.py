@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -224,6 +225,10 @@ def test_whatever_bytes_change_the_answer_is_as_json_has_it(changes: list[tuple[
         body = body[:place] + piece + body[place + removed :]
     found, expected = outcome(read_columns, body), outcome(json.loads, body)
     if found is expected or same(found, expected):
+        return
+    if isinstance(expected, type):  # a character that only the decoding of the routes refuses
+        texts = [(output.get("meta_info") or {}).get("routed_experts") for output in found]
+        assert any(isinstance(text, str) and re.search(r"[^\w+/=]", text, re.ASCII) for text in texts), body
         return
     # A key of a changed name may hold a list, which no reader looks for. The fields that are read must be equal.
     assert same(fields(found), fields(expected)), body
