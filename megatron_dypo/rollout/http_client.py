@@ -141,7 +141,7 @@ class HttpClient(AttemptCounts):
                             timeout_s=attempts.left_s(),
                             max_bytes=max_bytes,
                             api_key=self._api_key,
-                            room=self._reader.room,
+                            taking=self._reader.taking,
                         )
                         return await self._reader.read(answer.num_bytes, functools.partial(_parsed, parse, url, answer))
                     except AskError as error:
