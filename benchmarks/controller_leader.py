@@ -59,7 +59,7 @@ class ListsClient(SGLangClient):
     async def __aenter__(self) -> ListsClient:
         await super().__aenter__()
         self._reader = _InLoop()
-        responses.read_routes = read_routes_at_once  # type: ignore[assignment]
+        responses.read_routes = read_routes_at_once  # type: ignore[attr-defined, assignment]
         return self
 
     def _parse(self, sampling: Sampling, num_prompt_tokens: int, url: str, answer: Answer) -> tuple[Rollout, ...]:

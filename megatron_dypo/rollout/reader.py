@@ -19,7 +19,7 @@ its connection, so that servers wait, and memory does not grow."""
 _UNKNOWN_BYTES = 2**20
 """Bytes that an answer of unknown length counts as while it is under way."""
 _STALLED_S = 10.0
-"""Without an end of any answer for this time, the limit is raised by one answer: servers may have died while they sent."""
+"""Without an end of any answer for this time, the limit is raised by one answer: a server may have died."""
 
 
 class AnswerReader:
