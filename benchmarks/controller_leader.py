@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import statistics
 import sys
@@ -14,22 +15,24 @@ from typing import Any, TypeVar
 
 import measure
 import numpy as np
-from controller_servers import STOP
+from controller_servers import PROMPT_TOKENS, ROUTES, STOP
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.processes.garbage import only_short_collections
+from megatron_dypo.rollout import responses
 from megatron_dypo.rollout.ask import Answer
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.descriptors import raise_descriptor_limit
 from megatron_dypo.rollout.reader import AnswerReader
+from megatron_dypo.rollout.routes import RouteShape
 from megatron_dypo.rollout.sampling import Sampling
-from megatron_dypo.types import Rollout, Sample, SampleKind, Tokens, Treatment
+from megatron_dypo.types import Rollout, Routes, Sample, SampleKind, Tokens, Treatment
 
 T = TypeVar("T")
 
-PROMPT = np.arange(200, dtype=np.int32)
+PROMPT = np.arange(PROMPT_TOKENS - 1, dtype=np.int32)
 EVERY_S = 0.005
 """Seconds between two looks at the lag of the event loop."""
 
@@ -39,12 +42,24 @@ class _InLoop(AnswerReader):
         return read()
 
 
+def read_routes_at_once(encoded: list[Any], num_tokens: list[int], shape: RouteShape) -> list[Routes]:
+    """Decode whole texts, and check the experts."""
+    found = []
+    for text, count in zip(encoded, num_tokens, strict=True):
+        experts = np.frombuffer(base64.b64decode(text, validate=True), "<i4")
+        assert 0 <= int(experts.min()) <= int(experts.max()) < shape.num_experts
+        found.append(experts.reshape(count - 1, shape.num_layers, shape.per_token).astype(shape.dtype))
+    return found
+
+
 class ListsClient(SGLangClient):
-    """The named alternative: ``json.loads``, a Python object and a check for each number, all in the event loop."""
+    """The named alternative: ``json.loads``, a Python object and a check for each number, and one decoding for the
+    routes of a rollout, all in the event loop."""
 
     async def __aenter__(self) -> ListsClient:
         await super().__aenter__()
         self._reader = _InLoop()
+        responses.read_routes = read_routes_at_once  # type: ignore[attr-defined, assignment]
         return self
 
     def _parse(self, sampling: Sampling, num_prompt_tokens: int, url: str, answer: Answer) -> tuple[Rollout, ...]:
@@ -81,18 +96,20 @@ async def watch_lag(lags: list[float]) -> None:
         lags.append(time.perf_counter() - start - EVERY_S)
 
 
-def packed(rollouts: tuple[Rollout, ...], order: int) -> None:
-    """Pack each rollout into a microbatch of its own."""
-    for member, rollout in enumerate(rollouts):
+def packed(rollouts: list[Rollout], order: int) -> None:
+    """Pack each rollout into a microbatch of its own, and drop it."""
+    for member in range(len(rollouts)):
+        rollout = rollouts.pop()
         sample = Sample(
             order=order,
             member=member,
             treatment=Treatment.REINFORCE,
             kind=SampleKind.ROLLOUT,
-            tokens=np.concatenate([PROMPT, rollout.tokens]),
-            num_prompt_tokens=len(PROMPT),
+            tokens=np.concatenate([PROMPT, [order], rollout.tokens]).astype(np.int32),
+            num_prompt_tokens=PROMPT_TOKENS,
             policy_version=rollout.policy_version,
             rollout_logp=rollout.logp,
+            routes=rollout.routes,
         )
         pack([sample], [0], len(sample.tokens), streams=())
 
@@ -117,7 +134,7 @@ async def lead(client: SGLangClient, prompts: int, answers: int, sampling: Sampl
 
     async def one(order: int) -> None:
         nonlocal groups
-        rollouts = await client.generate(np.append(PROMPT, order).astype(np.int32), sampling)
+        rollouts = list(await client.generate(np.append(PROMPT, order).astype(np.int32), sampling))
         await asyncio.to_thread(packed, rollouts, order)  # the trainer's thread packs them
         groups += 1
         if groups >= answers:
@@ -134,6 +151,7 @@ async def lead(client: SGLangClient, prompts: int, answers: int, sampling: Sampl
                     await asyncio.sleep(0)
             await is_over.wait()
             seconds, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+        await asyncio.sleep(0)  # the end of thousands of open requests is no step that is measured
         for task in (*tasks, lag):
             task.cancel()
         await asyncio.gather(*tasks, lag, return_exceptions=True)
@@ -162,6 +180,7 @@ def main() -> None:
     parser.add_argument("--client", choices=[*CLIENTS, "idle"], required=True)
     parser.add_argument("--urls", help="JSON list")
     parser.add_argument("--text", action="store_true", help="decode the text of each rollout")
+    parser.add_argument("--routes", action="store_true", help="ask for the routes of each rollout")
     for name in ("prompts", "answers", "k", "tokens"):
         parser.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
@@ -178,6 +197,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         decode=text_of(options.text),
         stop_token_ids=(STOP,),
         vocab_size=20_000,
+        routes=ROUTES if options.routes else None,
     )
     client.accept((3,))
     with only_short_collections():  # as collect() does

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -18,13 +19,23 @@ import sys
 
 import numpy as np
 
+from megatron_dypo.rollout.routes import RouteShape
+
 _PART_BYTES = 2**18
 STOP = 2
+PROMPT_TOKENS = 201
+ROUTES = RouteShape(num_layers=48, per_token=8, num_experts=128)
+"""The sizes of Qwen3-30B-A3B."""
 
 
-def make_answer(k: int, tokens: int, seed: int) -> bytes:
-    """Return the answer of a request for ``k`` rollouts of ``tokens`` tokens, as SGLang's JSON."""
+def make_answer(k: int, tokens: int, seed: int, *, routes: bool = False) -> bytes:
+    """Return the answer of a request for ``k`` rollouts of ``tokens`` tokens, as SGLang's JSON.
+
+    With ``routes`` each rollout has the experts of all tokens but the last, prompt included, as base64 of int32.
+    """
     rng = np.random.default_rng(seed)
+    size = (PROMPT_TOKENS + tokens - 1, ROUTES.num_layers, ROUTES.per_token) if routes else (0,)
+    experts = base64.b64encode(rng.integers(0, ROUTES.num_experts, size).astype("<i4").tobytes()).decode()
     outputs = []
     for index in range(k):
         ids = [*rng.integers(3, 18_000, tokens - 1).tolist(), STOP]
@@ -32,13 +43,14 @@ def make_answer(k: int, tokens: int, seed: int) -> bytes:
         meta = {
             "id": f"{seed:032x}",
             "finish_reason": {"type": "stop", "matched": STOP},
-            "prompt_tokens": 200,
+            "prompt_tokens": PROMPT_TOKENS,
             "weight_version": "3",
             "num_retractions": 0,
             "output_token_logprobs": [[one, token, None] for one, token in zip(logp, ids, strict=True)],
             "completion_tokens": tokens,
             "cached_tokens": 0,
             "e2e_latency": 61.5,
+            **({"routed_experts": experts} if routes else {}),
         }
         outputs.append({"text": "word " * tokens, "output_ids": ids, "meta_info": meta, "index": index})
     return json.dumps(outputs, separators=(",", ":")).encode()
@@ -95,10 +107,10 @@ class Stub:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("servers", "k", "tokens", "hold", "gap_ms", "seed"):
+    for name in ("servers", "k", "tokens", "hold", "gap_ms", "seed", "routes"):
         parser.add_argument(f"--{name}", type=int, default=0)
     options = parser.parse_args()
-    answer = make_answer(options.k, options.tokens, options.seed)
+    answer = make_answer(options.k, options.tokens, options.seed, routes=bool(options.routes))
     urls = []
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(options.servers):

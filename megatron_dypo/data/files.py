@@ -142,10 +142,11 @@ class JsonlFile:
             # As many whole rows as fit, at least one.
             stop = int(np.searchsorted(offsets, offsets[start] + size, side="right")) - 1
             stop = min(max(stop, start + 1), len(self))
+            lines = self.index.lines[start:stop]
             part = JsonlPart(
                 path=self.path,
                 offsets=array("q", offsets[start : stop + 1].tobytes()),
-                lines=self.index.lines[start:stop].tolist() if len(self.index.lines) else range(start + 1, stop + 1),
+                lines=array("I", lines.tobytes()) if len(lines) else range(start + 1, stop + 1),
                 is_cut=self.index.is_open_ended and stop == len(self),
             )
             parts.append(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 
@@ -61,6 +62,7 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
     if goes_on:
         stream.want(own_part(max(0, target - look.waiting), collector.ranks))
         stream.start()
+        gc.collect()  # the stream keeps the collector from old objects until it stops
     else:
         stream.stop()
     return collector.replica.queues

@@ -13,8 +13,8 @@ _NEVER = 2**31 - 1
 def only_short_collections() -> Iterator[None]:
     """Keep the collector from looking at old objects, which stops all threads: 0.2 s for each 100,000 objects.
 
-    New objects are collected as ever. Cycles of older ones stay until the first full collection afterwards, so the
-    block must not last for a whole run.
+    New objects are collected as ever. Cycles of older ones stay until the first full collection afterwards, so a block
+    that lasts for many steps needs a ``gc.collect()`` once a step.
     """
     thresholds = gc.get_threshold()
     gc.set_threshold(*thresholds[:2], _NEVER)

@@ -9,7 +9,8 @@ import functools
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import aiohttp
@@ -21,7 +22,6 @@ from megatron_dypo.rollout.router import NO_SERVER
 QUOTED_CHARACTERS = 200
 """Characters of a body that a message quotes."""
 _QUOTED_BYTES = 4096
-_CHUNK_BYTES = 2**16
 _CONNECT_S = 10.0
 _REFUSALS = (400, 413, 422)
 """Statuses that say that the request itself is at fault: the same one would be refused again."""
@@ -93,9 +93,16 @@ class Answer:
         """The answer's JSON with arrays (:func:`read_columns`). Raises :class:`AttemptError` if it has none."""
         return self._decoded(read_columns)
 
+    def free(self) -> None:
+        """Give the memory of the body back. Nothing may be read from the answer afterwards."""
+        self._chunks = ()
+        self.__dict__.pop("_body", None)
+
     @functools.cached_property
     def _body(self) -> bytes:
-        return b"".join(self._chunks)
+        body = b"".join(self._chunks)
+        self._chunks = ()
+        return body
 
     def _decoded(self, decode: Callable[[bytes], Any]) -> Any:
         try:
@@ -125,7 +132,7 @@ async def ask(
     timeout_s: float,
     max_bytes: int,
     api_key: str | None,
-    room: Callable[[], Awaitable[None]],
+    taking: Callable[[int | None], AbstractAsyncContextManager[None]],
 ) -> Answer:
     """POST ``body`` to ``url`` and return the answer.
 
@@ -133,7 +140,7 @@ async def ask(
         url: redirects are not followed, since they would send the key to another host.
         timeout_s: time for the whole answer; connecting may take 10 s of it.
         max_bytes: a longer answer is cut off.
-        room: waits until there is memory for the next part of an answer.
+        taking: given the size of an answer, if it is known, waits until there is memory for it, and counts it.
 
     Raises:
         AttemptError: no answer in time, one of a failing server or of something else than SGLang, or a too long one.
@@ -147,7 +154,8 @@ async def ask(
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False, timeout=limit) as response:
             is_good = response.status == 200
-            chunks, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES, room)
+            async with taking(response.content_length if is_good else 0):
+                chunks, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
     except aiohttp.ClientSSLError as error:  # a subclass of the next one
         raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
@@ -185,18 +193,15 @@ def _retry_after_s(value: str | None) -> float:
         return 0.0
 
 
-async def _read(
-    response: aiohttp.ClientResponse, max_bytes: int, room: Callable[[], Awaitable[None]]
-) -> tuple[list[bytes], bool]:
+async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[list[bytes], bool]:
     """Return the chunks of the first ``max_bytes`` of the body, and whether that is all of it."""
     chunks, size = [], 0
-    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+    async for chunk in response.content.iter_any():
         chunks.append(chunk)
         size += len(chunk)
         if size > max_bytes:
             response.close()
             return chunks, False
-        await room()
     return chunks, True
 
 

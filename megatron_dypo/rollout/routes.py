@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_dypo.rollout.small_numbers import read_small
 from megatron_dypo.types import Routes
 
 _ON_DISK_BYTES = 8 * 2**20
@@ -86,7 +87,7 @@ def read_routes(encoded: Sequence[Any], num_tokens: Sequence[int], shape: RouteS
     """Return the [L − 1, layers, k] routes of each of several sequences.
 
     Args:
-        encoded: ``meta_info.routed_experts`` of each answer, of any type.
+        encoded: ``meta_info.routed_experts`` of each answer, of any type; a text may be a memoryview of its bytes.
         num_tokens: L of each, tokens of prompt and response.
 
     Raises:
@@ -102,7 +103,7 @@ def read_routes(encoded: Sequence[Any], num_tokens: Sequence[int], shape: RouteS
 
 
 def _require_text(encoded: Any, size: tuple[int, ...]) -> None:
-    if not isinstance(encoded, str):
+    if not isinstance(encoded, str | memoryview):
         raise RoutesError("no routed_experts: the server needs --enable-return-routed-experts")
     num_bytes = 4 * math.prod(size)
     if len(encoded) != 4 * -(-num_bytes // 3):
@@ -112,20 +113,28 @@ def _require_text(encoded: Any, size: tuple[int, ...]) -> None:
         )
 
 
-def _decode(encoded: str, into: npt.NDArray[np.unsignedinteger[Any]], num_experts: int) -> None:
+def _decode(encoded: str | memoryview, into: npt.NDArray[np.unsignedinteger[Any]], num_experts: int) -> None:
     """Decode piece by piece, so that other threads need not wait for long."""
     filled = 0
     for start in range(0, len(encoded), _PIECE):
-        try:
-            raw = base64.b64decode(encoded[start : start + _PIECE], validate=True)
-            experts = np.frombuffer(raw, dtype="<i4")
-        except ValueError as error:
-            raise RoutesError(f"routed_experts: no base64 of int32: {error}") from error
-        if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
-            raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
+        piece = encoded[start : start + _PIECE]
+        experts = read_small(piece, num_experts) if into.itemsize == 1 and isinstance(piece, memoryview) else None
+        if experts is None:
+            experts = _decode_piece(piece, num_experts)
         if filled + len(experts) > len(into):
             break
         into[filled : filled + len(experts)] = experts
         filled += len(experts)
     if filled != len(into):
         raise RoutesError(f"routed_experts: the base64 of {filled} experts: must be {len(into)}")
+
+
+def _decode_piece(piece: str | memoryview, num_experts: int) -> npt.NDArray[Any]:
+    try:
+        raw = base64.b64decode(piece, validate=True)
+        experts = np.frombuffer(raw, dtype="<i4")
+    except ValueError as error:
+        raise RoutesError(f"routed_experts: no base64 of int32: {error}") from error
+    if len(experts) and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
+        raise RoutesError(f"routed_experts from {experts.min()} to {experts.max()}: must be in [0, {num_experts})")
+    return experts

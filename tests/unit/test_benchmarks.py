@@ -27,8 +27,11 @@ LAST_LINES = {
     "saving": {"async_share", "sync_share", "none_share"},
     "routes": {"read_vs_text", "cut_vs_whole", "gib_for_1024", "share_of_step"},
     "journal": {"write_vs_parse", "digest_vs_copy", "bytes_per_token", "us_per_token"},
-    "controller": {"cpu_vs_lists", "cpu_vs_lists_with_text", "longest_step_ms", "lag_p99_vs_lists"},
-    "data_files": {"index_vs_scan", "index_mib"},
+    "controller": {
+        *("cpu_vs_lists", "cpu_vs_lists_with_text", "cpu_vs_lists_with_routes", "longest_step_ms", "lag_p99_vs_lists"),
+        *("cpu_8_vs_1", "mib_of_8"),
+    },
+    "data_files": {"index_vs_scan", "index_mib", "row_us", "reads_by_4"},
     "exchange": {"leader_4_vs_2", "assignment_64_vs_bytes"},
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
     "lm_eval_gsm8k": {"items", "same_responses", "correct_ours", "truncated", "correct_and_truncated"}

@@ -192,13 +192,13 @@ def _joined(parts: Sequence[Any], kind: type) -> npt.NDArray[Any]:
 def _repeated_ids(digests: npt.NDArray[np.uint64], bad: set[int], source: RowSource) -> dict[int, tuple[str, ...]]:
     order = np.argsort(digests, kind="stable")
     order = order[~np.isin(order, list(bad))] if bad else order
+    is_next = digests[order[1:]] == digests[order[:-1]]
+    # Runs of equal digests; rows are in their order within a run. A run begins where a row equals only the next one.
+    edges = np.diff(np.concatenate([[False], is_next, [False]]).astype(np.int8))
+    runs = zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True)
     problems: dict[int, tuple[str, ...]] = {}
-    start = 0
-    # Runs of equal digests; rows are in their order within a run.
-    for end in (*(np.flatnonzero(np.diff(digests[order])) + 1), len(order)):
-        if end - start > 1:
-            problems |= _equal_ids([int(row) for row in order[start:end]], source)
-        start = int(end)
+    for first, last in runs:
+        problems |= _equal_ids(order[first : last + 1].tolist(), source)
     return problems
 
 

@@ -50,7 +50,7 @@ def open_dataset(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenize
     Raises:
         ValueError: bad rows, or every prompt is too long.
     """
-    with _first_leader_first(leaders):
+    with first_leader_first(leaders):
         return open_prompts(
             config.data.prompts,
             config.data,
@@ -64,7 +64,7 @@ def open_held_out(
     config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer, stack: contextlib.ExitStack
 ) -> dict[str, EvalSet]:
     """Open the evaluation sets: name → set. Their traces, if any, are not read."""
-    with _first_leader_first(leaders):
+    with first_leader_first(leaders):
         return open_sets(
             config.eval, config.data, tokenizer, stack, seed=config.run.seed, cache_dir=Path(config.run.dir)
         )
@@ -113,7 +113,7 @@ def judge_traces(
     if not dataset.teachers:
         return None
     judges_all = config.data.drop_wrong_traces
-    with _first_leader_first(leaders):
+    with first_leader_first(leaders):
         verdicts = wrong_traces(
             dataset,
             judge_by(verifier),
@@ -131,7 +131,7 @@ def judge_traces(
 
 
 @contextlib.contextmanager
-def _first_leader_first(leaders: dist.ProcessGroup) -> Iterator[None]:
+def first_leader_first(leaders: dist.ProcessGroup) -> Iterator[None]:
     """Run the block on the first replica's leader, and then on the others."""
     if leaders.rank() != 0:
         gather_objects(None, leaders)

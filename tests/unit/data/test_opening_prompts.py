@@ -7,18 +7,23 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
 from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, compare_fingerprints, open_prompts
+from megatron_dypo.data.row_check import check
 from megatron_dypo.data.row_check.bad_rows import settle_bad_rows
 from megatron_dypo.data.row_check.processes import check_rows
 from megatron_dypo.data.source import RowSource
@@ -457,3 +462,44 @@ def _assert_same(a: Any, b: Any) -> None:
             assert value.tolist() == other.tolist(), name
         else:
             assert value == other, name
+
+
+class _Ids:
+    """Rows whose ids are numbers."""
+
+    columns = columns_of("plain", DataFieldsConfig())
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+
+    def row(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(prompt_id=str(self._ids[index]))
+
+    def place(self, index: int) -> str:
+        return f"row {index}"
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(0, 6), max_size=12), st.sets(st.integers(0, 11)))
+def test_all_but_the_first_row_of_an_id_are_bad(ids: list[int], bad: set[int]) -> None:
+    bad = {row for row in bad if row < len(ids)}
+    expected, first_of = {}, dict[int, int]()
+    for row, one in enumerate(ids):
+        if row not in bad and first_of.setdefault(one, row) != row:
+            expected[row] = f"is the id of row {first_of[one]} too"
+    # Two ids may have one digest.
+    found = check._repeated_ids(np.array([one % 5 for one in ids], np.uint64), bad, _Ids(ids))  # type: ignore[arg-type]
+    assert found.keys() == expected.keys()
+    for row, (problem,) in found.items():
+        assert problem.endswith(expected[row])
+
+
+def test_the_search_for_repeated_ids_makes_no_object_for_each_row() -> None:
+    digests = np.random.default_rng(0).permutation(500_000).astype(np.uint64)
+    tracemalloc.start()
+    try:
+        assert check._repeated_ids(digests, set(), _Ids(())) == {}  # type: ignore[arg-type]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * len(digests)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.state import Run
+from megatron_dypo.processes.garbage import only_short_collections
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.types import DropReason, Verdict
 from tests.support.fake_sglang import FakeSGLang
@@ -61,6 +64,25 @@ def test_a_collection_fills_the_queues_and_the_books_balance(tmp_path: Path, rol
     assert found.difference == 0
     assert found.open.waiting == len(run.replica.queues) >= ROUND
     assert found.ledger.drawn == leader_of(run).draws.cursor
+
+
+class Cycle:
+    """An object that refers to itself: only the garbage collector frees it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_a_step_of_an_asynchronous_run_collects_the_garbage_that_the_stream_leaves(tmp_path: Path) -> None:
+    with FakeSGLang() as fake, only_short_collections():
+        run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}))
+        cycle = Cycle()
+        gc.collect()  # it is old now
+        left = weakref.ref(cycle)
+        del cycle
+        assert left() is not None
+        collect(run)
+    assert left() is None
 
 
 @pytest.mark.parametrize("rollout", MODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -37,6 +38,8 @@ def plain(value: Any) -> Any:
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, LogprobRows):
         return rows(value.logp.tolist(), value.ids.tolist())
+    if isinstance(value, memoryview):
+        return value.tobytes().decode()
     return [plain(item) for item in value] if isinstance(value, list) else getattr(value, "tolist", lambda: value)()
 
 
@@ -72,6 +75,28 @@ def test_lists_as_sglang_writes_them_become_arrays() -> None:
         found = output["meta_info"]["output_token_logprobs"]
         assert (found.logp.tolist(), found.ids.tolist()) == (LOGP, IDS)
         assert (output["text"], output["index"], output["meta_info"]["weight_version"]) == ("1, [2]]", 0, "3")
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, 2**22 - 1, 2**22, 2**22 + 1, 9_000_000])
+def test_the_text_of_routes_is_a_part_of_the_body(length: int) -> None:
+    body = answer(IDS, rows(LOGP, IDS), routed_experts="/+9="[-(length % 4) :] * (length // 4) + "A" * (length % 4))
+    check(body)
+    for output in read_columns(body):
+        found = output["meta_info"]["routed_experts"]
+        assert isinstance(found, memoryview)
+        assert found.obj is body, "a text that is long must not be copied"
+
+
+@pytest.mark.parametrize("text", [r"A\/A", r"A\"", r"\u0041", "A" * 2**22 + r"\/", "A" * (2**22 - 1) + r"\/", r"\""])
+def test_a_text_of_routes_with_escapes_is_read_as_json_has_it(text: str) -> None:
+    check(b'[{"output_ids":[1],"meta_info":{"routed_experts":"' + text.encode() + b'","x":"y"}}]')
+
+
+@pytest.mark.parametrize("value", [b"null", b"[1]", b'["AA"]', b'""', b'"AA', b'"AA"5', b' "AA"', b'{"a":"AA"}', b"5"])
+@pytest.mark.parametrize("name", [b"routed_experts", b"output_token_logprobs"])
+def test_another_kind_of_value_is_read_as_json_has_it(name: bytes, value: bytes) -> None:
+    check(b'[{"output_ids":[1],"meta_info":{"' + name + b'":' + value + b"}}]")
+    check(b'[{"output_ids":' + value + b',"meta_info":{}}]')
 
 
 def test_one_response_is_an_object_of_its_own() -> None:
@@ -188,7 +213,7 @@ def test_a_server_cannot_name_a_list_of_another_field() -> None:
     assert first != second, "what stands for a list differs from answer to answer"
 
 
-SOUND = answer([11, 22, 33], rows([-0.75, -0.25, -0.125], [11, 22, 33]))
+SOUND = answer([11, 22, 33], rows([-0.75, -0.25, -0.125], [11, 22, 33]), routed_experts="AAEC")
 PIECES = st.sampled_from([bytes([one]) for one in b'0123456789.,-+eE[]{}":nul x\\\n\xff'])
 
 
@@ -200,6 +225,10 @@ def test_whatever_bytes_change_the_answer_is_as_json_has_it(changes: list[tuple[
         body = body[:place] + piece + body[place + removed :]
     found, expected = outcome(read_columns, body), outcome(json.loads, body)
     if found is expected or same(found, expected):
+        return
+    if isinstance(expected, type):  # a character that only the decoding of the routes refuses
+        texts = [(output.get("meta_info") or {}).get("routed_experts") for output in found]
+        assert any(isinstance(text, str) and re.search(r"[^\w+/=]", text, re.ASCII) for text in texts), body
         return
     # A key of a changed name may hold a list, which no reader looks for. The fields that are read must be equal.
     assert same(fields(found), fields(expected)), body

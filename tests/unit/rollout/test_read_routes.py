@@ -57,8 +57,10 @@ def test_the_experts_of_all_tokens_but_the_last_are_read() -> None:
     ],
 )
 def test_anything_else_is_refused(value: Any, problem: str) -> None:
-    with pytest.raises(RoutesError, match=re.escape(problem)):
-        read_routes([value], [7], SHAPE)
+    kinds = [value, memoryview(value.encode())] if isinstance(value, str) and value.isascii() else [value]
+    for one in kinds:
+        with pytest.raises(RoutesError, match=re.escape(problem)):
+            read_routes([one], [7], SHAPE)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 14, 4097, 20_000])
@@ -66,6 +68,8 @@ def test_routes_of_any_length_are_read_piece_by_piece(num_tokens: int) -> None:
     shape = RouteShape(num_layers=5, per_token=7, num_experts=300)
     experts = np.random.default_rng(num_tokens).integers(0, 300, (num_tokens - 1, 5, 7))
     (routes,) = read_routes([encoded(experts)], [num_tokens], shape)
+    np.testing.assert_array_equal(routes, experts)
+    (routes,) = read_routes([memoryview(encoded(experts).encode())], [num_tokens], shape)  # as read_columns gives it
     np.testing.assert_array_equal(routes, experts)
 
 

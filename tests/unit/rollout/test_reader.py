@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_dypo.rollout.ask import AttemptError
+from megatron_dypo.rollout.ask import Answer, AttemptError
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.reader import AnswerReader
 from megatron_dypo.types import Tokens
@@ -105,6 +105,30 @@ def test_an_answer_is_refused_and_counted_in_the_same_way_however_its_lists_are_
     assert compact[2].dropped_rollouts > 0
 
 
+def test_the_bytes_of_an_answer_are_freed_once_it_is_read() -> None:
+    kept = list[Answer]()
+
+    def parse(_url: str, answer: Answer) -> int:
+        kept.append(answer)
+        assert bytes_of(answer) == [answer.num_bytes]
+        assert len(answer.payload) == 2
+        assert bytes_of(answer) == [answer.num_bytes], "the parts of the body are kept beside it"
+        return 7
+
+    def bytes_of(answer: Answer) -> list[int]:
+        found = [value if isinstance(value, list | tuple) else [value] for value in vars(answer).values()]
+        return [size] if (size := sum(len(part) for one in found for part in one if isinstance(part, bytes))) else []
+
+    async def run(url: str) -> int:
+        async with make_client([url]) as client:
+            return await client.exchange("/generate", lambda: b'{"input_ids": [1]}', max_bytes=2**30, parse=parse)
+
+    reply = functools.partial(replying, answer(4000), (",", ":"))
+    with FakeSGLang(lambda index, body: reply) as fake:
+        assert asyncio.run(run(fake.url)) == 7
+    assert bytes_of(kept[0]) == []
+
+
 def test_the_loop_goes_on_while_an_answer_is_read() -> None:
     read = threading.Event()
 
@@ -121,23 +145,85 @@ def test_the_loop_goes_on_while_an_answer_is_read() -> None:
     assert asyncio.run(run()) == "True"
 
 
-def test_no_bytes_are_taken_while_many_wait_for_the_thread() -> None:
-    """Two answers of one limit together: there is room again once the first is read."""
+async def taken(reader: AnswerReader, seen: list[str], name: str, size: int | None, until: asyncio.Event) -> None:
+    async with reader.taking(size):
+        seen.append(name)
+        await until.wait()
+
+
+def test_answers_that_are_under_way_or_wait_for_the_thread_are_of_bounded_size() -> None:
+    """Answers of 1 MiB, with a limit of 2 MiB: one waits for the thread and one is under way."""
     read = threading.Event()
 
-    async def run() -> list[str]:
-        reader, seen = AnswerReader(most_bytes=2**20), []
-        first, second = (asyncio.create_task(reader.read(2**20, lambda: read.wait(10))) for _ in range(2))
-        room = asyncio.create_task(reader.room())
-        await asyncio.wait([first, second, room], timeout=0.1)
-        seen.append("room" if room.done() else "full")
+    async def run() -> tuple[list[str], list[str]]:
+        reader, seen, end = AnswerReader(most_bytes=2**21), list[str](), asyncio.Event()
+        waiting = asyncio.create_task(reader.read(2**20, lambda: read.wait(10)))
+        await asyncio.sleep(0)
+        tasks = [asyncio.create_task(taken(reader, seen, name, 2**20, end)) for name in "abcd"]
+        tasks.append(asyncio.create_task(taken(reader, seen, "small", 1000, end)))
+        await asyncio.wait(tasks, timeout=0.1)
+        full = [*seen]
+        tasks[1].cancel()  # b has no turn yet: c comes before d
         read.set()
-        await asyncio.gather(first, second, room)
-        seen.append("room")
+        await waiting
+        await asyncio.wait(tasks, timeout=0.1)
+        then = [*seen]
+        end.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(taken(reader, seen, "whole", 2**21, end), 10)  # nothing is held any more
+        reader.close()
+        return full, then
+
+    assert asyncio.run(run()) == (["a", "small"], ["a", "small", "c"])
+
+
+@pytest.mark.parametrize("size", [2**30, None])
+def test_an_answer_above_the_limit_is_taken_alone(size: int | None) -> None:
+    async def run() -> list[str]:
+        reader, seen, end = AnswerReader(most_bytes=2**17), list[str](), asyncio.Event()
+        tasks = [asyncio.create_task(taken(reader, seen, name, size, end)) for name in "ab"]
+        await asyncio.wait(tasks, timeout=0.1)
+        full = [*seen]
+        end.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        reader.close()
+        return full
+
+    assert asyncio.run(run()) == ["a"]
+
+
+def test_a_server_that_died_while_it_sent_keeps_no_other_waiting_for_good() -> None:
+    async def run() -> list[str]:
+        reader, seen = AnswerReader(most_bytes=2**20, stalled_s=0.05), list[str]()
+        dead = asyncio.create_task(taken(reader, seen, "dead", 2**20, asyncio.Event()))
+        end = asyncio.Event()
+        end.set()
+        others = [asyncio.create_task(taken(reader, seen, name, 2**20, end)) for name in "ab"]
+        await asyncio.wait_for(asyncio.gather(*others), 10)
+        dead.cancel()
         reader.close()
         return seen
 
-    assert asyncio.run(run()) == ["full", "room"]
+    assert asyncio.run(run()) == ["dead", "a", "b"]
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_an_answer_that_is_cancelled_as_it_gets_its_turn_leaves_its_room(turns: int) -> None:
+    async def run() -> None:
+        reader, seen, end = AnswerReader(most_bytes=2**20), list[str](), asyncio.Event()
+        first, second = (asyncio.create_task(taken(reader, seen, name, 2**20, end)) for name in "ab")
+        await asyncio.sleep(0)
+        end.set()
+        await first
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await asyncio.wait_for(taken(reader, seen, "c", 2**20, end), 10)
+        await asyncio.wait_for(taken(reader, seen, "d", 2**20, end), 10)
+        reader.close()
+
+    asyncio.run(run())
 
 
 def test_an_error_of_the_thread_is_raised_where_the_answer_is_awaited() -> None:
@@ -148,7 +234,8 @@ def test_an_error_of_the_thread_is_raised_where_the_answer_is_awaited() -> None:
         reader = AnswerReader(most_bytes=1)
         with pytest.raises(AttemptError, match="no"):
             await reader.read(2**20, fail)
-        await asyncio.wait_for(reader.room(), 10)
+        async with reader.taking(2**20):
+            pass
         reader.close()
 
     asyncio.run(run())

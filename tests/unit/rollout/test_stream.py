@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +91,18 @@ def test_no_more_is_in_flight_than_is_wanted(held: FakeSGLang) -> None:
     assert sorted(take_until(stream, 5)) == [0, 1, 2, 3, 4]
     stream.stop()
     assert draw.orders == [0, 1, 2, 3, 4]
+
+
+def test_old_objects_are_not_collected_while_a_stream_runs(held: FakeSGLang) -> None:
+    before = gc.get_threshold()
+    stream = make_stream(held, Draws())
+    for _ in range(2):
+        stream.start()
+        stream.start()
+        assert gc.get_threshold() == (*before[:2], 2**31 - 1)
+        stream.stop()
+        stream.stop()
+        assert gc.get_threshold() == before
 
 
 def test_oversampling_keeps_more_in_flight_and_returns_all_that_finish(held: FakeSGLang) -> None:
