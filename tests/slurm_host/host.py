@@ -157,7 +157,7 @@ def start_slurm(*, nodes: int, spank: Path | None = None, apart: bool = False) -
     require(not missing, f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
     require(os.geteuid() == 0, "needs root, for Slurm's daemons")
     if apart and not can_set_nodes_apart():
-        pytest.skip("this user cannot make network namespaces with a bridge between them")
+        pytest.skip("this user cannot make network namespaces and connect them")
     root = Path(tempfile.mkdtemp(prefix="slurm-host-"))  # not pytest's folder: munge wants others to pass through
     root.chmod(0o755)
     settings = {
@@ -186,7 +186,9 @@ def can_set_nodes_apart() -> bool:
     """Return whether this user may make the namespaces and interfaces of nodes with addresses of their own."""
     if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
         return False
-    links = "ip link add switch type bridge && ip link add eth0 type veth peer name node1 && mount -t tmpfs node1 /mnt"
+    links = (
+        'ip link add switch type "bridge" && ip link add eth0 type veth peer name node1 && mount -t tmpfs node1 /mnt'
+    )
     test = ["unshare", "--net", "--mount", "--uts", "sh", "-c", links]
     return subprocess.run(test, capture_output=True, check=False).returncode == 0
 

@@ -116,7 +116,7 @@ make_switch() {
 # Be the switch, in namespaces of its own.
 switch() {
   ip link set lo up
-  ip link add switch type bridge
+  ip link add switch type "bridge"
   ip addr add 10.78.0.254/24 dev switch
   ip addr add fd78::fe/64 dev switch nodad
   ip link set switch up

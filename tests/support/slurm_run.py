@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,16 @@ DEADLINE_S = 900.0
 """Deadline of a job. It starts and trains in less than a minute, or in several minutes on a busy machine."""
 
 
-def submit(
-    slurm: SlurmHost,
-    task: Path,
-    folder: Path,
-    *overrides: str,
-    nodes: int,
-    rollout_nodes: int,
-    script: str = "dypo_70b.sh",
-    options: Sequence[str] = (),
-    **environment: str,
-) -> Job:
-    """Submit a run of the config ``task``, whose run folder is ``folder/run``."""
-    settings = {"CONFIG": str(task), "ROLLOUT_NODES": str(rollout_nodes), **environment}
-    run_dir = f"run.dir={folder / 'run'}"
-    return slurm.submit(folder, script, run_dir, *overrides, nodes=nodes, options=options, **settings)
+def submit(slurm: SlurmHost, task: Path, folder: Path, *overrides: str, **settings: Any) -> Job:
+    """Submit a run of the config ``task``, whose run folder is ``folder/run``.
+
+    Args:
+        settings: ``nodes``, ``rollout_nodes``; ``script`` and ``options`` of :meth:`SlurmHost.submit`; environment
+            variables of the job.
+    """
+    script = settings.pop("script", "dypo_70b.sh")
+    settings["ROLLOUT_NODES"] = settings.get("ROLLOUT_NODES", str(settings.pop("rollout_nodes")))
+    return slurm.submit(folder, script, f"run.dir={folder / 'run'}", *overrides, **{"CONFIG": str(task), **settings})
 
 
 def steps_of(folder: Path) -> dict[int, dict[str, Any]]:
