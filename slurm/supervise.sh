@@ -245,7 +245,7 @@ await_roles() {
 # Print why the trainer ended, on which node that began, and which log says more. A node that only lost the others (77,
 # rank_lost) counts only if no other node gives a reason.
 trainer_end() {
-  local file first='' node said=''
+  local file first='' node said='' status=$1 # srun's: that of the node that ended last, or worst
   while read -r file; do
     first=${first:-$file}
     case $(cut -d ' ' -f 1 "$DYPO_LOGS/ends/$file") in
@@ -254,9 +254,9 @@ trainer_end() {
     esac
   done < <(find "$DYPO_LOGS/ends" -type f -printf '%T@ %f\n' | sort -n | cut -d ' ' -f 2)
   node=${first:-'*'}
-  [ -z "$first" ] || said=$(cut -d ' ' -f 3- "$DYPO_LOGS/ends/$first")
+  [ -z "$first" ] || read -r status _ said <"$DYPO_LOGS/ends/$first" || true
   said=${said:+: $said}
-  echo "trainer${first:+ on $node} ended with status $1; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
+  echo "trainer${first:+ on $node} ended with status $status; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
 }
 
 # Tell whether the trainer of the attempt with the given folder said that it made no optimizer step.
