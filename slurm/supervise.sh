@@ -262,11 +262,13 @@ trainer_end() {
 # Tell whether the trainer of the attempt with the given folder said that it made no optimizer step.
 made_no_step() { [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1/ends"/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1/ends"/*; }
 
-# Print the first line of a role's log that looks like a reason; the log's name is given without its ending.
+# Print the first line of a role's log that looks like a reason; the log's name is given without its ending. A line that
+# quotes another log is completed by the last line of the quotation that names an error.
 quote_error() {
-  local line
   # shellcheck disable=SC2086 # the name may be a pattern
-  line=$(cat "$DYPO_LOGS"/$1.log 2>/dev/null | sed -E 's/^\[rank[0-9]+\]: //' \
-    | grep -E '^[A-Za-z_.]*(Error|Exception): |^megatron-dypo: error: ' | grep -vE 'ChildFailedError|SignalException' | head -n 1)
-  echo "${line:+: $line}"
+  cat "$DYPO_LOGS"/$1.log 2>/dev/null | sed -E 's/^\[rank[0-9]+\]: //' | awk '
+    reason == "" && /^([A-Za-z_.]*(Error|Exception): |megatron-dypo: error: )/ && !/ChildFailedError|SignalException/ { reason = $0; next }
+    reason ~ /:$/ && NF { last = $0 }
+    reason ~ /:$/ && /[Ee]rror/ { error = $0 }
+    END { if (reason != "") print ": " reason (reason ~ /:$/ ? " " (error == "" ? last : error) : "") }' || true
 }

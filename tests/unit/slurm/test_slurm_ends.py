@@ -53,6 +53,27 @@ def test_a_role_that_failed_is_quoted_too(job):
     assert job(script)[1].startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("quoted", "said"),
+    [
+        (
+            "usage: sglang\nRuntimeError: earlier\nerror: no --such flag; read\n  [--flag]\n",
+            "error: no --such flag; read",
+        ),
+        ("usage: sglang\nKilled\n\n", "Killed"),
+    ],
+)
+def test_a_reason_that_quotes_a_log_is_completed_by_its_last_error(job, quoted, said):
+    (job.logs / "rollout.node3.log").write_text(f"ready\nmegatron-dypo: error: gone; last lines of a.log:\n{quoted}")
+    assert job("quote_error rollout.node3") == (0, f": megatron-dypo: error: gone; last lines of a.log: {said}\n")
+
+
+def test_a_log_without_a_reason_is_not_quoted(job):
+    (job.logs / "rollout.node3.log").write_text("ready\nChildFailedError: \n")
+    for node in ("node3", "node4"):
+        assert job(f'quoted=$(quote_error rollout.{node}); echo "nothing:$quoted"') == (0, "nothing:\n")
+
+
 def test_a_stopped_trainer_is_requeued(job):
     end(job, "node1", "75 4 stopped: asked")
     code, said = job("conclude")
