@@ -34,6 +34,7 @@ fail() {
 
 run_job() {
   OVERRIDES=("$@")
+  [ -n "${DRY_RUN:-}" ] || trap terminated TERM
   read_settings
   divide_nodes
   make_log_folder
@@ -123,6 +124,7 @@ set_environment() {
   set_value DYPO_PORT $((10000 + (${SLURM_JOB_ID:-0} * 7 + ATTEMPT) % 250 * 80))
   set_value DYPO_TRAIN_NODES "${TRAIN[*]}"
   set_value DYPO_ROLLOUT_NODES "${ROLLOUT[*]}"
+  export DYPO_SPARE_NODES="${SPARE[*]}"
   set_value DYPO_LOGS "$DYPO_LOGS"
   set_value GPUS_PER_NODE "$GPUS_PER_NODE"
   set_value DYPO_PYTHON "$PYTHON"

@@ -24,10 +24,45 @@ index_among() {
   return 1
 }
 
+# Print the first node of the job that this one would not find by its name. Nodes that are all one host, and so have one
+# loopback address, find each other.
+find_unknown_name() {
+  local host address own
+  own=$(addresses_of "$NODE")
+  for host in $DYPO_TRAIN_NODES $DYPO_ROLLOUT_NODES ${DYPO_SPARE_NODES:-}; do
+    [ "$host" != "$NODE" ] || continue
+    address=$(addresses_of "$host")
+    if [ -z "$address" ]; then
+      echo "$NODE knows no address for $host${NODE_DOMAIN:+.$NODE_DOMAIN}: set NODE_DOMAIN, which is added to the names of nodes"
+      return
+    elif [ "$address" != "$own" ] && ! grep -qvE '^(127\.|::1$)' <<<"$address"; then
+      echo "$NODE looks up $host${NODE_DOMAIN:+.$NODE_DOMAIN} as ${address%%$'\n'*}, which is $NODE itself: correct its /etc/hosts, or set NODE_DOMAIN"
+      return
+    fi
+  done
+}
+
+# Print the addresses by which this node knows a node, one a line. A name server may be too busy to answer at once.
+addresses_of() {
+  local attempt found=''
+  for attempt in 1 2 3; do
+    [ "$attempt" = 1 ] || sleep 1
+    found=$(getent ahosts "$1${NODE_DOMAIN:+.$NODE_DOMAIN}" | cut -d ' ' -f 1 | sort -u) || true
+    [ -z "$found" ] || break
+  done
+  echo "$found"
+}
+
 # Print the first problem of this node as one line; print nothing if the node is well.
 find_fault() {
   [ "$(cat "$DYPO_LOGS/canary" 2>&1)" = "$SLURM_JOB_ID" ] || {
     echo "cannot read $DYPO_LOGS/canary: LOG_ROOT must be on a file system that all nodes share"
+    return
+  }
+  local unknown
+  unknown=$(find_unknown_name)
+  [ -z "$unknown" ] || {
+    echo "$unknown"
     return
   }
   command -v nvidia-smi >/dev/null || {
@@ -81,6 +116,7 @@ train() {
   export MEGATRON_DYPO_END_FILE=$DYPO_LOGS/ends/$NODE
   local status=0
   "$@" || status=$?
+  [ "$status:$IS_TERMINATED" != 143:1 ] || status=75 # it had not started far enough to hear the request
   if [ "$status" = 75 ]; then # by docs/exit_statuses.md, the one status after which the same command is started again
     touch "$DYPO_LOGS/stopped"
     status=0
@@ -110,6 +146,7 @@ serve() {
 route() {
   local restarts=3
   until "$@"; do
+    [ -z "$IS_TERMINATED" ] || exit 0
     [ "$restarts" -gt 0 ] || exit 1
     echo "node.sh: the router ended; starting it again ($restarts more times)" >&2
     restarts=$((restarts - 1))
@@ -118,6 +155,10 @@ route() {
 
 # Python blocks the signal once it runs. Until then the signal must not kill the starting process.
 trap '' USR1
+# Before a preemption, and at the job's end, Slurm sends SIGTERM to every process of a step. This shell must outlive COMMAND,
+# to leave its marks.
+IS_TERMINATED=''
+[ "${1:-}" = preflight ] || trap 'IS_TERMINATED=1' TERM
 case ${1:-} in
   preflight) preflight ;;
   rollout) serve "${@:2}" ;;

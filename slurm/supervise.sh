@@ -20,8 +20,13 @@ job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; 
 
 # Every node checks itself first. If some are bad, the job goes back to the queue, to run on other nodes.
 check_nodes() {
-  step preflight "${NODES[@]}" -- bash slurm/node.sh preflight &
-  wait $! || fail "preflight: a node did not answer; see $DYPO_LOGS/preflight.*.log"
+  start preflight "${NODES[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh preflight
+  local status=0
+  wait "${PID[preflight]}" || status=$? # a trap ends it too
+  [ "$status" != 143 ] || WANTS_STOP=${WANTS_STOP:-'the preflight was told to end'}
+  [ -z "$WANTS_STOP" ] || stop_before_start
+  unset 'PID[preflight]'
+  [ "$status" = 0 ] || fail "preflight: a node did not answer; see $DYPO_LOGS/preflight.*.log"
   # srun also ends with 0 if a node could not start the step because it lacks the folder for its output.
   local bad missing deadline=$((SECONDS + ${MARKS_S:-60})) # a file server may show new files late
   mapfile -t missing < <(unmarked_nodes)
@@ -41,6 +46,13 @@ check_nodes() {
   requeue "without $(join , "${bad[@]}")" "${bad[@]}"
 }
 
+# End a job that was asked to stop before its roles had started.
+stop_before_start() {
+  say "$WANTS_STOP: nothing has started yet"
+  echo "75 0 stopped: before the start" >"$DYPO_LOGS/ends/${TRAIN[0]}"
+  conclude
+}
+
 # Print the nodes that have said neither that they are well nor that they are bad.
 unmarked_nodes() {
   local node
@@ -51,7 +63,6 @@ unmarked_nodes() {
 
 supervise() {
   trap stop_roles EXIT
-  trap terminated TERM
   local role
   while true; do
     [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "$WANTS_STOP"
@@ -100,10 +111,14 @@ role_ended() {
   if [ "$role" != trainer ]; then
     notice_ended_servers # its message says more
     [ -z "${FAILURE:-}$STOP_AT$WANTS_STOP" ] || return 0
+    if [ "$status" = 0 ]; then
+      WANTS_STOP="$role was told to end"
+      return
+    fi
     FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
     ask_trainer_to_stop "$FAILURE"
-  elif [ -f "$DYPO_LOGS/stopped" ]; then
-    conclude
+  elif [ -f "$DYPO_LOGS/stopped" ] && { [ "$status" = 0 ] || [ -n "$STOP_AT$WANTS_STOP" ]; }; then
+    conclude # with another status, srun told a node to stop because another one had failed
   elif [ "$status" != 0 ]; then
     local end
     end=$(trainer_end "$status")
@@ -207,20 +222,30 @@ requeue() {
   exit 0
 }
 
+# End all roles: Slurm tells their processes to end, and srun kills those that do not. (An srun that is told to end kills
+# its processes at once, and says so as if it were an error.)
 stop_roles() {
-  local pid deadline=$((SECONDS + 60))
+  local pid
+  [ "${#PID[@]}" = 0 ] || scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+  await_roles 25
   for pid in "${PID[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+  await_roles 35
+  for pid in "${PID[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
+  PID=()
+}
+
+# await_roles SECONDS: wait until all roles have ended, or the time is over.
+await_roles() {
+  local pid deadline=$((SECONDS + $1))
   for pid in "${PID[@]}"; do
     while kill -0 "$pid" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
-    kill -KILL "$pid" 2>/dev/null || true
   done
-  PID=()
 }
 
 # Print why the trainer ended, on which node that began, and which log says more. A node that only lost the others (77,
 # rank_lost) counts only if no other node gives a reason.
 trainer_end() {
-  local file first='' node said=''
+  local file first='' node said='' status=$1 # srun's: that of the node that ended last, or worst
   while read -r file; do
     first=${first:-$file}
     case $(cut -d ' ' -f 1 "$DYPO_LOGS/ends/$file") in
@@ -229,19 +254,21 @@ trainer_end() {
     esac
   done < <(find "$DYPO_LOGS/ends" -type f -printf '%T@ %f\n' | sort -n | cut -d ' ' -f 2)
   node=${first:-'*'}
-  [ -z "$first" ] || said=$(cut -d ' ' -f 3- "$DYPO_LOGS/ends/$first")
+  [ -z "$first" ] || read -r status _ said <"$DYPO_LOGS/ends/$first" || true
   said=${said:+: $said}
-  echo "trainer${first:+ on $node} ended with status $1; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
+  echo "trainer${first:+ on $node} ended with status $status; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
 }
 
 # Tell whether the trainer of the attempt with the given folder said that it made no optimizer step.
 made_no_step() { [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1/ends"/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1/ends"/*; }
 
-# Print the first line of a role's log that looks like a reason; the log's name is given without its ending.
+# Print the first line of a role's log that looks like a reason; the log's name is given without its ending. A line that
+# quotes another log is completed by the last line of the quotation that names an error.
 quote_error() {
-  local line
   # shellcheck disable=SC2086 # the name may be a pattern
-  line=$(cat "$DYPO_LOGS"/$1.log 2>/dev/null | sed -E 's/^\[rank[0-9]+\]: //' \
-    | grep -E '^[A-Za-z_.]*(Error|Exception): |^megatron-dypo: error: ' | grep -vE 'ChildFailedError|SignalException' | head -n 1)
-  echo "${line:+: $line}"
+  cat "$DYPO_LOGS"/$1.log 2>/dev/null | sed -E 's/^\[rank[0-9]+\]: //' | awk '
+    reason == "" && /^([A-Za-z_.]*(Error|Exception): |megatron-dypo: error: )/ && !/ChildFailedError|SignalException/ { reason = $0; next }
+    reason ~ /:$/ && NF { last = $0 }
+    reason ~ /:$/ && /[Ee]rror/ { error = $0 }
+    END { if (reason != "") print ": " reason (reason ~ /:$/ ? " " (error == "" ? last : error) : "") }' || true
 }

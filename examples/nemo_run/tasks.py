@@ -63,7 +63,7 @@ def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script]
     for part in (trainer, servers):
         _run_at_home(job.home, part)
     torchrun = f"--nnodes={trainer.nodes} --nproc-per-node={executor.nproc_per_node()} --max-restarts=0"
-    torchrun += ' --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT"'
+    torchrun += ' --master-addr="$(address "${TRAIN[0]}")" --master-port="$DYPO_PORT"'
     train = '-m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" "$SERVER_URLS"'
     serve = '-m megatron_dypo.cli serve "$CONFIG" "${OVERRIDES[@]}"'
     scripts = [

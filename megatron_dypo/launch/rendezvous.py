@@ -12,7 +12,6 @@ import datetime
 import functools
 import os
 import re
-import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.run import parse_args
 
 from megatron_dypo.parallel.doors import LOOPBACK, Tunnel
-from megatron_dypo.parallel.interfaces import is_loopback
+from megatron_dypo.parallel.interfaces import listening_address
 from megatron_dypo.parallel.stores import ServedStore, StoreAddress, reach_store
 
 KEY_VARIABLE = "MEGATRON_DYPO_STORE_KEY"
@@ -163,7 +162,7 @@ class _Rendezvous(RendezvousHandler):
 
     def _serve(self) -> Store:
         address = self._address
-        host = _own_address(address.host) if address.key else LOOPBACK
+        host = listening_address(address.host)[1] if address.key else LOOPBACK
         self._served = ServedStore(host, self._timeout, port=address.port, key=address.key)
         self._port = self._served.store.port
         return self._served.store
@@ -173,13 +172,3 @@ class _Rendezvous(RendezvousHandler):
         self._tunnel = Tunnel(address.host, address.port, address.key, patience_s=self._timeout.total_seconds())
         self._port = self._tunnel.port
         return reach_store(StoreAddress(host=LOOPBACK, port=self._port), self._timeout)
-
-
-def _own_address(name: str) -> str:
-    """Return the address on which the door of this node listens.
-
-    Many hosts know their own name by a loopback address, at which other nodes do not reach them. Then it is "", for all
-    addresses.
-    """
-    address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-    return "" if is_loopback(address) and not is_loopback(name) else address

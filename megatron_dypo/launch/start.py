@@ -14,7 +14,7 @@ from megatron_dypo.launch.probe_target import ProbeTarget
 from megatron_dypo.launch.replay_target import ReplayTarget
 from megatron_dypo.metrics.terminal import survive_terminal
 from megatron_dypo.parallel.environment import prepare_rank
-from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
+from megatron_dypo.parallel.interfaces import is_loopback, join_network, stay_on_this_host
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
 """Environment variable of a launcher: the command that became the launcher has checked the inputs."""
@@ -51,6 +51,8 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
     prepare_rank(os.environ)
     if _is_on_one_host(config):
         stay_on_this_host(os.environ)  # ranks and servers inherit it
+    else:
+        join_network(os.environ)
     if "RANK" not in os.environ and config.parallel.local_ranks > 1:
         _become_local_ranks(config.parallel.local_ranks, command)
     from megatron_dypo.launch.attempt import run_rank

@@ -120,8 +120,9 @@ class Servers:
             report = self.refitter.refit(version)
         if self.ranks.is_global_leader:
             tally_refit(self.tally, report)
-        self.router.use_servers(self.refitter.serving)
-        self.requests.use_servers(self.refitter.serving, version, recent)
+        if self.refitter.serving:  # else the run was asked to stop, and needs none
+            self.router.use_servers(self.refitter.serving)
+            self.requests.use_servers(self.refitter.serving, version, recent)
         self.versions = tuple(recent)
         return {
             "refit/seconds": report.seconds,

@@ -55,7 +55,9 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
             logger.exception("refit %d, version %d", message.refit, message.version)
             report = {"error": str(error) or type(error).__name__}
             _held.forget()
-        store.set(report_key(message.refit, message.server, message.server_rank), json.dumps(report))
+        key = report_key(message.refit, message.server, message.server_rank)
+        store.set(key, json.dumps(report))
+        store.check([key])  # set() waits for nobody, and the server's answer must not arrive before the report
     except Exception:  # there is no store to report to
         logger.exception("refit without a report")
         _held.forget()

@@ -46,6 +46,10 @@ _RETRY_S = 0.5
 """Seconds between two probes while no server answers. A server does not announce that it is up again."""
 
 
+class _GivenUpError(Exception):
+    """No server is left, and the run is about to stop."""
+
+
 class Refitter:
     """Brings weights from the training mesh to the servers. Make it once; call :meth:`refit` after each update."""
 
@@ -103,7 +107,8 @@ class Refitter:
     def refit(self, version: int) -> RefitReport:
         """Bring the current weights, named ``version``, to all servers that answer. Collective over the world.
 
-        Fenced servers that answer again take part. A server that is lost is fenced, and the others get the weights.
+        Fenced servers that answer again take part. A server that is lost is fenced, and the others get the weights. If
+        none is left and the run was asked to stop, the refit ends without one: :attr:`serving` is empty.
 
         Raises:
             RefitError: on every rank, naming server, call and answer: the failure is no server's fault, or no server is
@@ -120,6 +125,9 @@ class Refitter:
                     num_bytes = self._attempt(refit)
                 except RefitError as error:
                     self._fence_culprits(refit, error)
+        except _GivenUpError:
+            self._abort(version)
+            num_bytes = 0
         except RefitError:
             self._abort(version)
             self._lockstep.run()  # no rank may end the job before the servers generate again
@@ -226,8 +234,11 @@ class Refitter:
 
         Raises:
             RefitError: no server will come back, or none did before the deadline.
+            _GivenUpError: on every rank: the run was asked to stop.
         """
         while not self.serving:
+            if self._leader.ask(lambda _: self._watch.is_stopping()):
+                raise _GivenUpError
             # Read the reports now, so that the next refit does not fence a server that is already back.
             self._fence_lost()
             self._readmit(refit)

@@ -73,6 +73,8 @@ class Watch:
     """Returns URL → reason for the servers that ended since the last call, whether or not they run again."""
     may_return: Callable[[], bool] = lambda: False
     """Returns whether a server that does not answer may be restarted and answer later."""
+    is_stopping: Callable[[], bool] = lambda: False
+    """Returns whether the run was asked to stop. Then no refit waits for a server to come back."""
 
 
 class Servers:

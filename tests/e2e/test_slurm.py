@@ -10,14 +10,11 @@ import psutil
 import pytest
 
 from megatron_dypo.metrics.attempts import read_attempts
-from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.rollout.server.probe import http_status
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import make_hf_model
-
-DEADLINE_S = 900.0
-"""Deadline of a job. It starts and trains in less than a minute, or in several minutes on a busy machine."""
+from tests.support.slurm_run import DEADLINE_S, job_process, kill_server, rank_process, servers, steps_of, submit
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +38,10 @@ def task(tmp_path_factory):
     return write_task(tmp_path_factory.mktemp("task"), parallel={"tensor": 2}, rollout=servers)
 
 
-def submit(slurm, task, folder, *overrides, nodes, rollout_nodes, script="dypo_70b.sh", options=(), **environment):
-    settings = {"CONFIG": str(task), "ROLLOUT_NODES": str(rollout_nodes), **environment}
-    run_dir = f"run.dir={folder / 'run'}"
-    return slurm.submit(folder, script, run_dir, *overrides, nodes=nodes, options=options, **settings)
-
-
 def run_without_a_fault(slurm, task, folder, *overrides):
     """Train on two nodes, to compare a run with it that something happens to."""
     whole = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
     assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
-
-
-def steps_of(folder):
-    path = folder / "run" / "metrics.jsonl"
-    return {record["step"]: record for record in read_metrics(path) if record["step"]} if path.is_file() else {}
 
 
 def starts_of(folder):
@@ -341,41 +327,6 @@ def test_a_node_with_a_sick_gpu_is_named_left_out_and_replaced(slurm, task, tmp_
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
     assert job.show()["ExcNodeList"] == "node1"
     assert "node1 GPU 1 has memory errors" in (tmp_path / "logs" / "bad_nodes.txt").read_text()
-
-
-def job_process(job, *words):
-    """Return a process of a running job that has these words next to each other in its command line."""
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        starts = range(len(line) - len(words) + 1)
-        if line[0:1] == [sys.executable] and any(tuple(line[i : i + len(words)]) == words for i in starts):
-            return process
-    raise AssertionError(f"no process with {words}\n{job.everything()}")
-
-
-def rank_process(job, rank):
-    """Return the process of a rank of a running job."""
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "megatron_dypo.cli" in line and "train" in line and "torchrun" not in " ".join(line):
-            environment = process.environ()
-            if environment.get("RANK") == str(rank) and environment.get("SLURM_JOB_ID") == job.number:
-                return process
-    raise AssertionError(f"no rank {rank}\n{job.everything()}")
-
-
-def kill_server(job, node):
-    """Send SIGKILL to the only server of a node."""
-    (server,) = servers(job, node)
-    server.kill()
-
-
-def servers(job, node):
-    """Return the SGLang processes that a node's log names."""
-    log = (job.logs / "latest" / f"rollout.{node}.log").read_text()
-    port = log.split(f"http://{node}:")[1].split(",")[0]
-    found = [p for p in psutil.process_iter(["cmdline"]) if "sglang_cpu.py" in " ".join(p.info["cmdline"] or [])]
-    return [p for p in found if port in p.info["cmdline"] and "processes.guard" not in " ".join(p.info["cmdline"])][:1]
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,27 @@ This table is `tests/support/faults/matrix.py`, rendered. Faults that need a rea
 | a rank, a launcher or a node of a Slurm job is lost | the trainer starts again in place, on a spare node if there is one | `tests/e2e/test_slurm.py` |
 | SIGKILL at 44 random moments of four runs | the same steps, bit for bit; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
 
+## On a Slurm cluster
+
+Tests run jobs on a real Slurm of one host. Its nodes share an address, or (`tests/e2e/test_slurm_nodes.py`) have addresses, host files,
+`/dev/shm` and local disks of their own. Functions of the scripts are also tried without Slurm, in `tests/unit/slurm/`.
+
+| what differs or breaks | outcome | test |
+|---|---|---|
+| a preemption with a grace time: Slurm sends SIGTERM to every process of each step | the trainer saves, and the job is requeued and goes on | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
+| a stop request before the roles have started | requeued; the second attempt in a row without a step fails | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
+| `LOG_ROOT` on a disk that the nodes do not share | the last line names the node of which nothing was heard, before anything starts | `tests/e2e/test_slurm_nodes.py` |
+| an input that only one node sees; a rank that crashes; servers that cannot start | the last line names cause, role and the node where it began | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
+| attempts that end before they make a step (a short `--time`) | no third one | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
+| a node does not know another one's name, or takes it for itself (127.0.1.1) | it is a bad node, named before anything starts | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
+| nodes know their own names by 127.0.1.1; names are IPv6 addresses | the run trains and refits | `tests/e2e/test_slurm_nodes.py`, `tests/unit/parallel/test_interfaces.py` |
+| the port at which trainer nodes meet is taken | the trainer starts again in place, at another port | `tests/e2e/test_slurm_nodes.py` |
+| a rank, a launcher or a node is lost | the trainer starts again in place, or the job is requeued without the node | `tests/e2e/test_slurm.py` |
+| more GPUs than are used; few CPUs; a relative `LOG_ROOT`; a dry run without the packages | used, or said in one line | `tests/unit/slurm/test_slurm_sites.py` |
+| memory by GPU or CPU instead of by node | the job runs | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
+| `attach.sh JOB` without the settings of the job; the end of a good job | the roles are listed; `srun` reports no killed task | `tests/e2e/test_slurm_nodes.py` |
+| caches of kernels; limits of files and locked memory | on each node's own disk; raised, never lowered | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
+
 ## How much of the time is training
 
 `goodput` in every run's report is the share of the wall time that its steps took which were not made again. The rest is listed by

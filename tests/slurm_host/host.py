@@ -30,10 +30,31 @@ class SlurmHost:
     def call(self, *command: str) -> str:
         """Return the standard output of a Slurm command, which must succeed."""
         done = subprocess.run(
-            command, env=self._environment, cwd=self.root, capture_output=True, text=True, timeout=60, check=False
+            [*self._login(), *command],
+            env=self._environment,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
+
+    def hosts(self, node: str) -> Path:
+        """Return the file that a node of its own address has as /etc/hosts; rewrite it in place."""
+        return self.root / "slurm" / f"hosts.{node}"
+
+    def enter(self, node: str) -> list[str]:
+        """Return the words that run a command on a node of its own address, beside Slurm."""
+        return ["nsenter", "--target", self._pid(f"slurmd.{node}"), "--net", "--mount", "--uts"]
+
+    def _login(self) -> list[str]:
+        """Return the words that run a command where slurmctld is."""
+        return ["nsenter", "--target", self._pid("switch"), "--net"] if self._environment.get("FS_APART") else []
+
+    def _pid(self, name: str) -> str:
+        return (self.root / "slurm" / "pid" / f"{name}.pid").read_text().strip()
 
     def wait_until_idle(self, deadline_s: float = 180.0) -> None:
         """Wait until a job may get any node. A job that ended badly holds its nodes for a while."""
@@ -60,7 +81,9 @@ class SlurmHost:
         return Job(self, self.call(*sbatch, *where, *overrides), output, folder / "logs" / name)
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self._environment, timeout=60, check=False)
+        if (self.root / "slurm" / "pid" / "slurmctld.pid").is_file():
+            cancel = [*self._login(), "scancel", "--user=root"]
+            subprocess.run(cancel, env=self._environment, timeout=60, check=False)
         subprocess.run([_SCRIPT, "down"], env=self._environment, timeout=60, check=True)
         shutil.rmtree(self.root, ignore_errors=True)  # daemons that are ending still write there
 
@@ -124,11 +147,17 @@ def require(condition: bool, what: str) -> None:
     pytest.skip(what)
 
 
-def start_slurm(*, nodes: int, spank: Path | None = None) -> SlurmHost:
-    """Start a Slurm; skip the test if this host has none."""
+def start_slurm(*, nodes: int, spank: Path | None = None, apart: bool = False) -> SlurmHost:
+    """Start a Slurm; skip the test if this host has none.
+
+    Args:
+        apart: each node has addresses, host file, /dev/shm and local disk of its own; else skip the test.
+    """
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     require(not missing, f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
     require(os.geteuid() == 0, "needs root, for Slurm's daemons")
+    if apart and not can_set_nodes_apart():
+        pytest.skip("this user cannot make network namespaces and connect them")
     root = Path(tempfile.mkdtemp(prefix="slurm-host-"))  # not pytest's folder: munge wants others to pass through
     root.chmod(0o755)
     settings = {
@@ -136,15 +165,32 @@ def start_slurm(*, nodes: int, spank: Path | None = None) -> SlurmHost:
         "FS_NODES": str(nodes),
         "FS_PORT": str(_free_ports()),
         "FS_SPANK": str(spank or ""),
+        "FS_APART": "1" if apart else "",
         "SLURM_CONF": str(root / "slurm" / "slurm.conf"),
     }
-    environment = {**os.environ, **settings}
-    up = subprocess.run([_SCRIPT, "up"], env=environment, capture_output=True, text=True, timeout=90, check=False)
-    host = SlurmHost(root, environment)
+    host = SlurmHost(root, {**os.environ, **settings})
+    try:
+        up = subprocess.run(
+            [_SCRIPT, "up"], env={**os.environ, **settings}, capture_output=True, text=True, timeout=90, check=False
+        )
+    except BaseException:
+        host.stop()
+        raise
     if up.returncode:
         host.stop()
         pytest.fail(f"Slurm did not start: {up.stdout}{up.stderr}")
     return host
+
+
+def can_set_nodes_apart() -> bool:
+    """Return whether this user may make the namespaces and interfaces of nodes with addresses of their own."""
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
+        return False
+    links = (
+        'ip link add switch type "bridge" && ip link add eth0 type veth peer name node1 && mount -t tmpfs node1 /mnt'
+    )
+    test = ["unshare", "--net", "--mount", "--uts", "sh", "-c", links]
+    return subprocess.run(test, capture_output=True, check=False).returncode == 0
 
 
 def _free_ports() -> int:

@@ -32,6 +32,7 @@ class Lost:
 
     deaths: dict[str, str] = dataclasses.field(default_factory=dict)
     may_return: bool = False
+    is_stopping: bool = False
 
     def take(self) -> dict[str, str]:
         deaths, self.deaths = self.deaths, {}

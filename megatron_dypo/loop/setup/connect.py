@@ -25,6 +25,7 @@ from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.routing_replay import route_shape
 from megatron_dypo.parallel import device
 from megatron_dypo.processes.stalls import warn
+from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.refit.quantized_servers import refusal
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
@@ -108,7 +109,7 @@ def connect(
         config=config.refit,
         run_dir=base.run_dir,
         hf_reference=Path(config.model.hf_path),
-        watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
+        watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return, is_stopping=STOP.is_set) if pool else None,
         values=values,
         whole=policy.whole_weights(),
     )

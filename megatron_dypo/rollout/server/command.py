@@ -15,7 +15,7 @@ from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.config.server_flags import spreads_attention, value_of
 from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.environment import NO_WATCHDOG, without_expandable_segments
-from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
+from megatron_dypo.parallel.interfaces import is_loopback, join_network, listening_address, stay_on_this_host
 from megatron_dypo.rollout.proxies import direct_hosts
 
 WEIGHT_LOADER = "megatron_dypo.refit.receiver.load"
@@ -62,10 +62,11 @@ def lease_port(host: str, first: int, count: int = 1) -> PortLease:
         claim = socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0megatron-dypo-port-{port}")
+            family, address = listening_address(host)
             for other in range(port, port + count):
-                with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                with socket.socket(family) as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind((host, other))
+                    probe.bind((address, other))
         except OSError as error:
             claim.close()
             if error.errno == errno.EADDRINUSE:
@@ -112,7 +113,8 @@ def server_command(
     on_cpu = device == "cpu"
     python = cfg.python or sys.executable
     command = [python, str(_CPU_LAUNCHER)] if on_cpu else [python, "-m", "sglang.launch_server"]
-    command += ["--config", str(key_file), "--model-path", str(model_path), "--host", cfg.host, "--port", str(port)]
+    command += ["--config", str(key_file), "--model-path", str(model_path), "--host", listening_address(cfg.host)[1]]
+    command += ["--port", str(port)]
     command += ["--dtype", dtype, "--tp-size", str(cfg.tensor_parallel), "--random-seed", str(seed + index)]
     command += ["--skip-tokenizer-init", "--log-level-http", "warning", "--custom-weight-loader", WEIGHT_LOADER]
     max_total_tokens = cfg.max_total_tokens
@@ -169,6 +171,8 @@ def server_environment(
     env |= direct_hosts(env, [host])
     if is_loopback(host):
         stay_on_this_host(env)
+    else:
+        join_network(env)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
     # Log-probs at temperature 1, for any sampling temperature.
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"

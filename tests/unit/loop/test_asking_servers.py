@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, NoServers, Servers
 from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import collect
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.fake_sglang import sample as sample_response
@@ -83,6 +84,24 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_refit() -> None
     assert servers.tally["refit/fenced"] == 3
     assert servers.tally["dropped/incomplete"] == 0
     assert {"timing_s/gen", "timing_s/refit"} <= servers.timings.take().keys()
+
+
+class NoServerLeft(NextServer):
+    """A refitter that was asked to stop when no server was left."""
+
+    def refit(self, version: int) -> RefitReport:
+        report = super().refit(version)
+        self.serving = ()
+        return report
+
+
+def test_after_a_refit_that_was_given_up_nobody_is_sent_anywhere() -> None:
+    servers = of_urls([])
+    router, requests = Routes(), Accepting()
+    servers = replace(servers, refitter=NoServerLeft([closed_url()]), router=router, requests=requests)
+    assert servers.refit(4)["refit/bytes"] == 64
+    assert router.served == []
+    assert requests.accepted == [[3, 4]], "before the refit"
 
 
 def test_a_rank_that_cannot_reach_what_takes_refits_says_so_in_the_end() -> None:

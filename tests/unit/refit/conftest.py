@@ -50,7 +50,7 @@ def setting(layout: MeshRank, tmp_path: Path, request: pytest.FixtureRequest) ->
             config=config,
             run_dir=tmp_path / "run",
             hf_reference=reference,
-            watch=Watch(take_lost=lost.take, may_return=lambda: lost.may_return),
+            watch=Watch(take_lost=lost.take, may_return=lambda: lost.may_return, is_stopping=lambda: lost.is_stopping),
         )
         yield Setting(servers, params, refitter, tmp_path / "run" / "refit", reference, lost)
         refitter.close()

@@ -183,6 +183,21 @@ def test_without_any_server_a_refit_waits_for_one_that_may_return(setting: Setti
 
 
 @pytest.mark.parametrize("setting", [{"deadline_s": 3600.0}], indirect=True)
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_a_run_that_was_asked_to_stop_waits_for_no_server(setting: Setting, is_connected: bool) -> None:
+    setting.lost.may_return = True
+    if is_connected:
+        setting.refitter.refit(1)
+    for server in setting.servers:
+        server.die()
+    timer = threading.Timer(1.0, setattr, (setting.lost, "is_stopping", True))
+    timer.start()
+    report = setting.refitter.refit(2)
+    timer.join()
+    assert (report.bytes, report.fenced, setting.refitter.serving) == (0, 2, ())
+
+
+@pytest.mark.parametrize("setting", [{"deadline_s": 3600.0}], indirect=True)
 def test_without_any_server_and_none_to_come_a_refit_does_not_wait_for_its_deadline(setting: Setting) -> None:
     for server in setting.servers:
         server.die()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.parallel import interfaces
 from megatron_dypo.rollout.server import command as command_module
 from megatron_dypo.rollout.server.command import (
     WEIGHT_LOADER,
@@ -102,9 +103,14 @@ def test_the_groups_of_a_server_at_a_loopback_address_stay_on_the_host(host: str
     assert chosen["GLOO_SOCKET_IFNAME"] == "eth1", "the user's choice stays"
 
 
-def test_a_server_for_other_hosts_makes_groups_with_them() -> None:
+def test_a_server_for_other_hosts_makes_groups_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interfaces, "_knows_itself_by_loopback", lambda: False)
     env = server_environment({}, 1, "gpu", [0], PACKAGE, host="node1")
     assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & env.keys()
+    monkeypatch.setattr(interfaces, "_knows_itself_by_loopback", lambda: True)
+    monkeypatch.setattr(interfaces, "_interfaces", lambda: iter([("10.0.0.1", "eth0")]))
+    env = server_environment({}, 1, "gpu", [0], PACKAGE, host="node1")
+    assert env["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
 def test_the_processes_of_a_server_meet_in_a_file() -> None:
@@ -195,6 +201,20 @@ def test_a_leased_port_is_leased_once_until_it_is_released() -> None:
     assert third.port == first.port
     second.release()
     third.release()
+
+
+def test_a_name_of_this_host_has_its_ports_where_other_hosts_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"six": (socket.AF_INET6, "::1"), "self": (socket.AF_INET, "127.0.1.1")}
+
+    def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        family, address = known[host]
+        return [(family, socket.SOCK_STREAM, 6, "", (address, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for host in known:
+        lease_port(host, 32200).release()
+    words = command("gpu", host="self")
+    assert words[words.index("--host") + 1] == "0.0.0.0"
 
 
 def test_an_unknown_host_is_named() -> None:

@@ -26,9 +26,9 @@ def test_the_one_status_that_is_tried_again_is_the_one_whose_cause_says_so():
 def test_the_last_line_names_the_cause_and_where_it_began(job):
     end(job, "node1", "77 3 rank_lost: Connection closed by peer", age=5)
     end(job, "node2", "70 3 bug: rank 12 on node2: 'absent'")
-    _, said = job('fail "$(trainer_end 77)"')
+    _, said = job('fail "$(trainer_end 137)"')  # of srun, which killed a node that waited for the others
     assert said == (
-        f"dypo: error: trainer on node2 ended with status 77; see {job.logs}/trainer.node2.log: "
+        f"dypo: error: trainer on node2 ended with status 70; see {job.logs}/trainer.node2.log: "
         "bug: rank 12 on node2: 'absent'\n"
     )
 
@@ -51,6 +51,27 @@ def test_a_role_that_failed_is_quoted_too(job):
     script = 'ask_trainer_to_stop() { echo "$1"; }; notice_ended_servers'
     line = f"rollout on node3 ended with status 65; see {job.logs}/rollout.node3.log: megatron-dypo: error: port 1"
     assert job(script)[1].startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("quoted", "said"),
+    [
+        (
+            "usage: sglang\nRuntimeError: earlier\nerror: no --such flag; read\n  [--flag]\n",
+            "error: no --such flag; read",
+        ),
+        ("usage: sglang\nKilled\n\n", "Killed"),
+    ],
+)
+def test_a_reason_that_quotes_a_log_is_completed_by_its_last_error(job, quoted, said):
+    (job.logs / "rollout.node3.log").write_text(f"ready\nmegatron-dypo: error: gone; last lines of a.log:\n{quoted}")
+    assert job("quote_error rollout.node3") == (0, f": megatron-dypo: error: gone; last lines of a.log: {said}\n")
+
+
+def test_a_log_without_a_reason_is_not_quoted(job):
+    (job.logs / "rollout.node3.log").write_text("ready\nChildFailedError: \n")
+    for node in ("node3", "node4"):
+        assert job(f'quoted=$(quote_error rollout.{node}); echo "nothing:$quoted"') == (0, "nothing:\n")
 
 
 def test_a_stopped_trainer_is_requeued(job):
@@ -100,9 +121,46 @@ def test_servers_that_were_told_to_end_ask_the_trainer_to_stop(job):
     assert job('notice_ended_servers; echo "$WANTS_STOP"')[1] == "rollout on node3 was told to end\n"
 
 
+def test_a_router_that_was_told_to_end_asks_the_trainer_to_stop(job):
+    script = '(exit 0) & PID[router]=$!; role_ended router; echo "$WANTS_STOP, ${FAILURE:-no failure}"'
+    assert job(script)[1] == "router was told to end, no failure\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "before", "end"),
+    [(0, ":", "conclude"), (77, ":", "restart"), (77, "STOP_AT=5", "conclude"), (77, "WANTS_STOP=asked", "conclude")],
+)
+def test_a_trainer_that_was_told_to_stop_because_another_node_failed_has_not_stopped_on_request(
+    job, status, before, end
+):
+    (job.logs / "stopped").touch()
+    script = (
+        f"conclude() {{ echo conclude; }}; restart_trainer() {{ echo restart; }}; (exit {status}) & PID[trainer]=$!"
+    )
+    assert job(f"{script}; {before}; role_ended trainer")[1] == f"{end}\n"
+
+
+ROLE = "trap 'echo srun was told; exit' TERM; while :; do sleep 0.1; done"
+
+
+def test_roles_are_told_to_end_by_slurm_before_srun_is(job):
+    script = f"""
+source {REPOSITORY}/slurm/supervise.sh
+await_roles() {{ sleep 0.5; }}
+scancel() {{ echo "scancel $*"; }}
+({ROLE}) & PID[rollout]=$!
+stop_roles
+stop_roles
+"""
+    assert job(script) == (0, "scancel --signal=TERM 12\nsrun was told\n")
+
+
 PREFLIGHT = """
-NODES=(node1 node2)
-step() { touch "$DYPO_LOGS/well/node1"; [ -z "${SECOND:-}" ] || echo "7 of 8 GPUs" >"$DYPO_LOGS/$SECOND/node2"; }
+NODES=(node1 node2) TRAIN=(node1 node2) CONTAINER=(--container)
+step() {
+  [ "$*" = "preflight node1 node2 -- --container bash slurm/node.sh preflight" ] || echo "step $*"
+  eval "${DURING:-:}"
+  touch "$DYPO_LOGS/well/node1"; [ -z "${SECOND:-}" ] || echo "7 of 8 GPUs" >"$DYPO_LOGS/$SECOND/node2"; }
 check_nodes && echo passed
 """
 
@@ -119,6 +177,28 @@ def test_nodes_that_are_well_pass_and_bad_ones_are_left_out(job):
     _, said = job(PREFLIGHT, MARKS_S="0", SECOND="bad")
     assert "dypo: bad node node2: 7 of 8 GPUs" in said
     assert "scontrol requeue 12" in said
+
+
+@pytest.mark.parametrize(
+    "during", ["kill -USR1 $$; sleep 5", "kill -TERM $$; sleep 5", "exit 143"], ids=["USR1", "TERM", "TERM to the step"]
+)
+def test_a_request_to_stop_during_the_preflight_requeues_and_the_second_in_a_row_fails(job, during):
+    script = f"trap terminated TERM; {PREFLIGHT}"
+    code, said = job(script, DURING=during)
+    assert (code, said.splitlines()[-1]) == (0, "scontrol requeue 12"), said
+    assert "nothing has started yet" in said
+    job.logs.rename(job.logs.with_name("12.0"))
+    for folder in ("ends", "bad", "well"):
+        (job.logs / folder).mkdir(parents=True)
+    code, said = job(script, DURING=during)
+    assert code == 1
+    assert "two attempts in a row ended before they made a step" in said
+
+
+def test_a_job_that_was_cancelled_during_the_preflight_is_not_requeued(job):
+    code, said = job(PREFLIGHT, DURING="exit 143", STATE="COMPLETING")
+    assert code == 1
+    assert said.endswith("dypo: error: the job was cancelled; submit again to resume\n")
 
 
 STARTS_AGAIN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_a_node_with_more_gpus_than_are_used_is_well(job: Job, tmp_path: Path, g
     driver.chmod(0o755)
     (job.logs / "canary").write_text("12\n")
     settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "2"}
-    settings["PREFLIGHT"] = "quick"
+    settings |= {"PREFLIGHT": "quick", "DYPO_TRAIN_NODES": "node1", "DYPO_ROLLOUT_NODES": ""}
     environment = {**os.environ, **settings, "PATH": f"{driver.parent}:{os.environ['PATH']}"}
     done = subprocess.run([NODE, "preflight"], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == answer + "\n"
@@ -92,6 +93,7 @@ def test_a_node_computes_before_it_is_well(job: Job, tmp_path: Path, program: st
         (folder / name).chmod(0o755)
     (job.logs / "canary").write_text("12\n")
     settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "1"}
+    settings |= {"DYPO_TRAIN_NODES": "node1", "DYPO_ROLLOUT_NODES": ""}
     settings |= {"PREFLIGHT": "full", "DYPO_PYTHON": str(folder / "python")}
     environment = {**os.environ, **settings, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run([NODE, "preflight"], env=environment, capture_output=True, text=True, timeout=60, check=True)
@@ -130,3 +132,73 @@ def test_only_the_trainers_memory_is_in_segments_that_grow(tmp_path: Path, role:
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), **lists, **sizes}
     done = subprocess.run(["bash", NODE, role, show], env=environment, capture_output=True, text=True, check=True)
     assert ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in done.stdout) == grows
+
+
+LOOKUPS = {
+    "node1=10.0.0.1 node2=10.0.0.2 node3=fd78::3": "node1 is well",
+    "node1=127.0.1.1 node2=10.0.0.2 node3=127.0.0.3,10.0.0.3": "node1 is well",
+    "node1=127.0.0.1 node2=127.0.0.1 node3=127.0.0.1": "node1 is well",
+    "node1=127.0.1.1 node2=127.0.0.1 node3=10.0.0.3": "node1 looks up node2 as 127.0.0.1, which is node1 itself",
+    "node1=10.0.0.1 node2=10.0.0.2 node3=::1": "node1 looks up node3 as ::1, which is node1 itself",
+    "node1=10.0.0.1 node2=10.0.0.2": "node1 knows no address for node3: set NODE_DOMAIN",
+}
+
+
+@pytest.mark.parametrize("hosts", LOOKUPS)
+def test_a_node_that_would_not_find_another_by_its_name_is_bad(job: Job, tmp_path: Path, hosts: str) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    lines = "".join(f"{n}) echo {a} | tr , '\\n' ;;\n" for n, a in (item.split("=") for item in hosts.split()))
+    for name, text in (
+        ("getent", f"case $2 in\n{lines}*) exit 2 ;; esac"),
+        ("sleep", "exit 0"),
+        ("nvidia-smi", "exit 1"),
+    ):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "nvidia-smi").write_text("#!/bin/sh\necho '0, 0, No, No'\n")
+    (job.logs / "canary").write_text("12\n")
+    settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "1"}
+    settings |= {"DYPO_TRAIN_NODES": "node1 node2", "DYPO_ROLLOUT_NODES": "node3", "PREFLIGHT": "quick"}
+    environment = {**os.environ, **settings, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run([NODE, "preflight"], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(LOOKUPS[hosts])
+
+
+@pytest.mark.parametrize(
+    ("role", "program", "marks"),
+    [
+        ("trainer", "trap 'exit 75' TERM", {"stopped": ""}),
+        ("trainer", ":", {"stopped": ""}),
+        ("trainer", "trap 'exit 77' TERM", {}),
+        ("rollout", "trap 'exit 0' TERM", {"ended/node1": "0\n"}),
+        ("router", "trap 'exit 1' TERM", {}),
+    ],
+    ids=["a trainer", "a trainer that has just started", "a trainer that is lost", "servers", "a router"],
+)
+def test_a_role_that_slurm_tells_to_end_leaves_its_marks(
+    job: Job, tmp_path: Path, role: str, program: str, marks: dict[str, str]
+) -> None:
+    """Slurm sends SIGTERM to every process of a step."""
+    settings = {
+        "DYPO_LOGS": str(job.logs),
+        "SLURMD_NODENAME": "node1",
+        "TMPDIR": str(tmp_path),
+        "NODES_PER_SERVER": "1",
+    }
+    settings |= {"DYPO_TRAIN_NODES": "node1", "DYPO_ROLLOUT_NODES": "node1", "SERVERS_PER_NODE": "1", "DYPO_PORT": "1"}
+    script = f"{program}; echo started; while :; do sleep 0.1; done"
+    with subprocess.Popen(
+        [NODE, role, "bash", "-c", script],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        status = process.wait(60)
+    assert status == (77 if "77" in program else 0)
+    found = {str(path.relative_to(job.logs)): path.read_text() for path in job.logs.rglob("*") if path.is_file()}
+    assert found == marks
