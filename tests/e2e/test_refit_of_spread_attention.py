@@ -37,7 +37,13 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 """Kind of model, its sizes, and flags of its servers."""
 
 
-@pytest.fixture(scope="module", params=CASES)
+IN_EVERY_RUN = "experts, old flags"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name == IN_EVERY_RUN else [pytest.mark.slow]) for name in CASES],
+)
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
