@@ -90,14 +90,16 @@ class TritonExponentials:
 def works_on(device: torch.device) -> bool:
     """Return whether Triton can compile and run a kernel on this device. It cannot without a C compiler, for example;
     a warning then says why."""
+    one = torch.zeros(1, 1, device=device)
+    sums = RowSums(top_R=one[0].clone(), chosen_R=one[0].clone(), sum_R=one[0].clone(), weighted_R=None)
     try:
-        one = torch.zeros(1, 1, device=device)
-        sums = RowSums(top_R=one[0].clone(), chosen_R=one[0].clone(), sum_R=one[0].clone(), weighted_R=None)
         TritonExponentials(torch.float32).sums(one, torch.zeros(1, dtype=torch.int64, device=device), sums)
-        return bool(sums.sum_R == 1)
+        reason = "" if sums.sum_R == 1 else f"exp(0) is {sums.sum_R.item()} in its kernel"
     except Exception as error:  # noqa: BLE001 (Triton, its compiler and the driver raise many types)
-        _log.warning("log-probs are computed by torch, in more time: Triton cannot run here: %s", _in_one_line(error))
-        return False
+        reason = _in_one_line(error)
+    if reason:
+        _log.warning("log-probs are computed by torch, in more time: Triton cannot run here: %s", reason)
+    return not reason
 
 
 def _in_one_line(error: Exception) -> str:

@@ -253,3 +253,13 @@ def test_a_machine_where_triton_cannot_compile_is_told_why(monkeypatch, caplog):
     )
     assert record.getMessage().endswith("NameError('no such name')")
     assert "\n" not in record.getMessage()
+
+
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog):
+    kernels = interpreted()
+    monkeypatch.setattr(kernels.TritonExponentials, "sums", lambda self, logits, column, out: out.sum_R.fill_(2.0))
+    kernels.works_on.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not kernels.works_on(torch.device("cpu"))
+    kernels.works_on.cache_clear()
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["exp(0) is 2.0 in its kernel"]
