@@ -19,12 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dypo.objective.chunks import rows_of_chunks
 from megatron_dypo.objective.exponentials import Exponentials, RowGradients, RowSums, TorchExponentials
 from megatron_dypo.objective.projection import Projection
 
 _AUTOMATIC_FLOOR = 256 * 2**20
-_TILE_ROWS = 256
-"""Rows that matmuls of a GPU compute at once; part of a tile takes as long as a whole one."""
 _BLOCKS_SHARE = 0.125
 """Share of the memory budget for blocks of operands that are converted."""
 
@@ -118,12 +117,9 @@ class _Call:
 
     def chunks(self, num_rows: int, exponentials: Exponentials) -> list[slice]:
         """Cut the rows into chunks of equal size whose logits fit into the budget. The first chunk may be smaller."""
-        most = max(1, exponentials.num_logits(self.memory_budget) // self.width)
-        if most > _TILE_ROWS:
-            most -= most % _TILE_ROWS
-        size = -(-num_rows // -(-num_rows // most)) if num_rows else 1
-        if most > _TILE_ROWS:
-            size += -size % _TILE_ROWS
+        if not num_rows:
+            return []
+        size = rows_of_chunks(num_rows, max(1, exponentials.num_logits(self.memory_budget) // self.width))
         return [slice(max(0, stop - size), stop) for stop in range(num_rows, 0, -size)][::-1]
 
     def buffer(self, chunks: list[slice], like: Tensor) -> Tensor:

@@ -1,0 +1,19 @@
+"""The size of the chunks in which the fused log-probs are computed. Pure, no torch: the plan asks it too."""
+
+from __future__ import annotations
+
+_TILE_ROWS = 256
+"""Rows that matmuls of a GPU compute at once; part of a tile takes as long as a whole one."""
+
+
+def rows_of_chunks(num_rows: int, most: int) -> int:
+    """Return the rows of each chunk but the first, which may have fewer: at most ``most``, and equally many.
+
+    Chunks are whole tiles if several tiles are allowed and there are so many rows. Both arguments are at least 1.
+    """
+    if most > _TILE_ROWS:
+        most -= most % _TILE_ROWS
+    size = -(-num_rows // -(-num_rows // most))
+    if most > _TILE_ROWS:
+        size += -size % _TILE_ROWS
+    return min(num_rows, size)
