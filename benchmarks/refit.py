@@ -2,23 +2,23 @@
 
     python benchmarks/refit.py [--rounds 7]
 
-The weights are random: a Llama-like model in bf16, 1.2 GB, sent over gloo between processes of this machine. Variants
-take turns in the same processes:
+The weights are random: a Llama-like model in bf16, 1.2 GB, sent between processes of this machine. Variants take turns
+in the same processes:
 
-- ``planned``: the trainer ranks send the slices of the plan, over connections that exist already, with sampled
-  checksums; the server ranks run the loader that SGLang runs. HTTP calls to a server are not included.
+- ``planned``: the trainer ranks send the slices of the plan by ``p2p``, over connections that exist already (TCP), with
+  sampled checksums; the server ranks run the loader that SGLang runs. HTTP calls to a server are not included.
 - ``raw``: gloo sends and receives the same number of bytes on each link, as one tensor, into memory that is discarded.
-- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each server rank copies its slices
-  out.
+- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB over gloo; each server rank copies
+  its slices out.
 
 ``planned`` and ``broadcast`` end when every server rank holds all its weights in place; the two results are compared.
 The last line is one JSON object; see README.md.
 
 All ratios depend on the machine. With one server 4 processes copy at the same time, with two servers 6. ``raw`` is one
-copy of each byte through gloo. ``planned`` adds a checksum of a sixteenth of the bytes and a copy into place; they
-overlap with sending only if there are cores for them. ``broadcast`` allocates new memory for each tensor and bucket. So
-a busy machine, or one with few cores, changes ``raw`` and ``planned`` by different factors: compare figures of one
-machine at one load, and read every round.
+large message on each link. ``planned`` has about 140 of at most 16 MiB, most of them received in place, and checksums
+of a sixteenth of the bytes. Over gloo the same messages take 1.5 times as long as one large one, whatever their size
+and however many are in flight; so ``p2p`` has connections of its own. ``broadcast`` allocates new memory for each
+tensor and bucket. A busy machine changes the variants by different factors: read every round.
 """
 
 from __future__ import annotations

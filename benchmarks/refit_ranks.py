@@ -205,19 +205,16 @@ class SourceEnd:
         store.wait([inventory_key(e, t) for e in range(len(plan.servers)) for t in range(TENSOR)])
         urls = [f"server {server}" for server in range(len(plan.servers))]
         trainer_rank = TrainerRank(
-            plan,
+            message,
             self.rank,
             store,
             urls,
-            message.slot_bytes,
-            message.most_links,
             lost_servers=LostServers(dist.TCPStore("127.0.0.1", message.store_port, None, False)),
             make_slices=lambda: ShardSlices(self.params.items(), self.arch),
-            verify=message.verify,
         )
         if self.rank == 0:
             store.set(GO, "")
-        trainer_rank.connect(message.transport, Deadline(DEADLINE_S))
+        trainer_rank.connect(Deadline(DEADLINE_S))
         return trainer_rank
 
 

@@ -14,7 +14,7 @@ class RefitConfig:
     """How new weights reach the servers (refit, or weight sync)."""
 
     transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"
-    """``p2p``: each trainer rank sends each server rank the slices that the server rank needs, over gloo or NCCL.
+    """``p2p``: each trainer rank sends each server rank the slices that the server rank needs, over NCCL or (CPUs) TCP.
     ``local``: the same through shared memory, for servers on the trainer's host. Both need servers with this package's
     weight loader; servers that the run starts have it. ``broadcast``: SGLang's distributed update of whole tensors.
     ``disk``: a shared folder. ``auto``: the first of ``local``, ``p2p``, ``broadcast`` that all servers support."""

@@ -9,7 +9,7 @@ _TILE_ROWS = 256
 def rows_of_chunks(num_rows: int, most: int) -> int:
     """Return the rows of each chunk but the first, which may have fewer: at most ``most``, and equally many.
 
-    Chunks are whole tiles if several tiles are allowed and there are so many rows. Both arguments are at least 1.
+    Chunks are whole tiles if both arguments are above one tile. Both arguments are at least 1.
     """
     if most > _TILE_ROWS:
         most -= most % _TILE_ROWS

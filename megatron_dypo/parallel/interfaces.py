@@ -11,6 +11,8 @@ from collections.abc import Iterator, MutableMapping
 _log = logging.getLogger(__name__)
 _ELSEWHERE = "192.0.2.1"
 """An address that no host has (RFC 5737), to ask for the interface of the default route."""
+_ANY_PORT = 9
+"""A route does not depend on the port."""
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables that name it. Both libraries read them when a process makes its first groups."""
 
@@ -45,6 +47,20 @@ def listening_address(name: str) -> tuple[socket.AddressFamily, str]:
     if is_loopback(str(address[0])) and not is_loopback(name):
         return socket.AF_INET, "0.0.0.0"
     return family, str(address[0])
+
+
+def address_towards(host: str) -> str:
+    """Return the address of this machine on its way to another: a loopback address if that is this machine by such.
+
+    Nothing is sent.
+
+    Raises:
+        OSError: no address is known for ``host``, or no route leads there.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # connecting a datagram socket only finds the route
+        return str(probe.getsockname()[0])
 
 
 def join_network(environment: MutableMapping[str, str]) -> None:
@@ -91,9 +107,7 @@ def _interfaces() -> Iterator[tuple[str, str]]:
 
 def _default_route() -> str:
     """Return this host's address towards others; empty if there is none. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((_ELSEWHERE, 9))
-        except OSError:
-            return ""
-        return str(probe.getsockname()[0])
+    try:
+        return address_towards(_ELSEWHERE)
+    except OSError:
+        return ""

@@ -34,7 +34,7 @@ from megatron_dypo.parallel.stores import StoreAddress
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
-PROTOCOL = 9
+PROTOCOL = 10
 """Number of the protocol: this message, and the data on the store and the links. Both sides must have the same."""
 
 GO = "go"

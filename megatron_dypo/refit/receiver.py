@@ -27,15 +27,12 @@ from megatron_dypo.refit.control_message import (
 )
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import Transfer
+from megatron_dypo.refit.transports.ends import receiver_of
 from megatron_dypo.refit.transports.link_receiver import LinkReceiver
-from megatron_dypo.refit.transports.links import Receiver, ServerLinks
-from megatron_dypo.refit.transports.local import LocalReceiver
+from megatron_dypo.refit.transports.links import ServerLinks
 from megatron_dypo.refit.transports.lost_peers import trainer_error
 from megatron_dypo.refit.transports.messages import cut
-from megatron_dypo.refit.transports.p2p import GroupReceiver
 from megatron_dypo.refit.transports.threads import run_concurrently, run_unless_lost
-
-RECEIVERS: dict[str, type[Receiver]] = {"p2p": GroupReceiver, "local": LocalReceiver}
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +91,7 @@ class Session:
         self._messages = {source: list(cut(of_link, dtypes, message.slot_bytes)) for source, of_link in links.items()}
         links_here = ServerLinks(
             store=store,
+            store_host=message.store_host,
             server=message.server,
             sources=plan.sources_of(message.server),
             num_server_ranks=message.plan.servers[message.server].tensor,
@@ -101,7 +99,7 @@ class Session:
             most_of_a_rank=message.most_links,
             slot_bytes=message.slot_bytes,
         )
-        connect = RECEIVERS[message.transport].connect
+        connect = receiver_of(message.transport).connect
         self._links = run_unless_lost(
             functools.partial(connect, links_here, message.server_rank, deadline), self._trainer_error
         )

@@ -94,13 +94,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["p2p", "local"])
+def link_by_groups() -> None:
+    """Let ``p2p`` use the links that it uses between GPUs, over gloo in place of NCCL."""
+    from megatron_dypo.refit.transports import ends
+    from megatron_dypo.refit.transports.p2p import GroupReceiver, GroupSender
+
+    vars(ends).update(TcpSender=GroupSender, TcpReceiver=GroupReceiver)
+
+
+@pytest.mark.parametrize("kind", ["p2p", "p2p by groups", "local"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_of_every_server_holds_its_part_of_the_model(case, kind):
     """The second refit uses the connections of the first. A rank gets its own bytes and no others."""
     arch, axes, layouts = CASES[case]
-    with servers(arch, layouts) as running:
-        refit = Refit(arch=arch, axes=axes, urls=tuple(server.url for server in running), kind=kind)
+    prepare = link_by_groups if kind == "p2p by groups" else None
+    with servers(arch, layouts, prepare=prepare) as running:
+        urls = tuple(server.url for server in running)
+        refit = Refit(arch=arch, axes=axes, urls=urls, kind=kind.split()[0], prepare=prepare)
         by_rank = run_ranks(axes.world_size, rank_refit, refit)
         assert_served(running, layouts, arch, refit.seeds[-1])
     own = sum(
@@ -159,16 +169,16 @@ def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
 
 def corrupt_what_comes() -> None:
     """Flip a bit of each message, in a server's rank."""
-    from megatron_dypo.refit.transports import p2p
+    from megatron_dypo.refit.transports.tcp import TcpIncoming
 
-    take = p2p.GroupIncoming.take
+    take = TcpIncoming.take
 
     def flipped(self: Any) -> torch.Tensor:
         payload = take(self)
         payload[len(payload) // 2] ^= 4
         return payload
 
-    p2p.GroupIncoming.take = flipped  # type: ignore[method-assign]
+    TcpIncoming.take = flipped  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("verify", ["full", "sampled", "off"])
@@ -187,58 +197,58 @@ def test_what_is_damaged_on_its_way_fails_the_refit(verify):
 def die_while_receiving() -> None:
     from megatron_dypo.refit.transports.links import Incoming
     from megatron_dypo.refit.transports.local import LocalIncoming
-    from megatron_dypo.refit.transports.p2p import GroupIncoming
+    from megatron_dypo.refit.transports.tcp import TcpIncoming
 
     def die(self: Incoming) -> torch.Tensor:
         os._exit(1)
 
-    for end in (GroupIncoming, LocalIncoming):
+    for end in (TcpIncoming, LocalIncoming):
         end.take = die  # type: ignore[method-assign]
 
 
 def hang_while_receiving() -> None:
     from megatron_dypo.refit.transports.links import Incoming
-    from megatron_dypo.refit.transports.p2p import GroupIncoming
+    from megatron_dypo.refit.transports.tcp import TcpIncoming
 
     def hang(self: Incoming) -> torch.Tensor:
         threading.Event().wait()
         raise AssertionError
 
-    GroupIncoming.take = hang  # type: ignore[method-assign]
+    TcpIncoming.take = hang  # type: ignore[method-assign]
 
 
 def die_while_connecting() -> None:
     from megatron_dypo.refit.transports.local import LocalReceiver
-    from megatron_dypo.refit.transports.p2p import GroupReceiver
+    from megatron_dypo.refit.transports.tcp import TcpReceiver
 
     def die(*args: Any) -> Any:
         os._exit(1)
 
-    for kind in (GroupReceiver, LocalReceiver):
+    for kind in (TcpReceiver, LocalReceiver):
         kind.connect = die  # type: ignore[assignment, method-assign]
 
 
 def miss_the_loss() -> None:
-    """Let a trainer rank's links wait on when their connections break, as gloo's do now and then and NCCL's always."""
+    """Let a trainer rank's links wait on when their connections break, as NCCL's do."""
     from megatron_dypo.refit.transports.links import Outgoing
     from megatron_dypo.refit.transports.local import LocalOutgoing
-    from megatron_dypo.refit.transports.p2p import GroupOutgoing
+    from megatron_dypo.refit.transports.tcp import TcpOutgoing
 
     def wait(self: Outgoing) -> None:
         threading.Event().wait()
 
-    for end in (GroupOutgoing, LocalOutgoing):
+    for end in (TcpOutgoing, LocalOutgoing):
         end.drain = wait  # type: ignore[method-assign]
         end.post = lambda self, payload: None  # type: ignore[method-assign]
 
 
 def die_while_sending() -> None:
-    from megatron_dypo.refit.transports.p2p import GroupOutgoing
+    from megatron_dypo.refit.transports.tcp import TcpOutgoing
 
     def die(self: Any, payload: torch.Tensor) -> None:
         os._exit(1)
 
-    GroupOutgoing.post = die  # type: ignore[method-assign]
+    TcpOutgoing.post = die  # type: ignore[method-assign]
 
 
 NEVER_S = 3600.0

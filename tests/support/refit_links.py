@@ -14,6 +14,7 @@ def links_of(store: dist.Store, *, peers: tuple[int, ...], slot_bytes: int = 64)
     """Describe the links as the end with these ``peers`` does."""
     return ServerLinks(
         store=store,
+        store_host="127.0.0.1",
         server=0,
         sources=(SOURCE,),
         num_server_ranks=1,

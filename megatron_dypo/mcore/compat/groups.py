@@ -57,7 +57,8 @@ def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeou
 
 
 def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, *, ctas: int) -> Any:
-    """Make a group outside the default one and its registries. Dropping the last reference closes it.
+    """Make a group outside the default one and its registries: of NCCL, or (in tests, without a GPU) of gloo. Dropping
+    the last reference closes it.
 
     Like ``torch.distributed.ProcessGroup``, the group has ``send`` and ``recv`` of lists of tensors. On a GPU, wait for
     them by :func:`megatron_dypo.parallel.streams.finish`.

@@ -21,7 +21,7 @@ from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.broadcast import BroadcastConnection
 from megatron_dypo.refit.transports.planned import PlannedConnection
 from megatron_dypo.refit.transports.reported_mesh import planned_problem
-from megatron_dypo.refit.transports.update_group import address_towards
+from megatron_dypo.refit.transports.update_group import address_towards_all
 
 Kind = Literal["local", "p2p", "broadcast"]
 KINDS: tuple[Kind, ...] = ("local", "p2p", "broadcast")
@@ -91,7 +91,7 @@ def is_here(url: str) -> bool:
     """Return whether a server's address belongs to this host: packets to it then leave from the same address."""
     parts = urlsplit(url)
     address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0][4][0]
-    return address_towards([url]) == address
+    return address_towards_all([url]) == address
 
 
 def _ask_and_choose(

@@ -65,6 +65,8 @@ class ServerLinks:
 
     store: dist.Store
     """The store on which the ends find each other."""
+    store_host: str
+    """Host of the store, as a server rank reaches it."""
     server: int
     sources: tuple[int, ...]
     """The trainer ranks that send to the server, ascending."""

@@ -1,8 +1,7 @@
 """Who is lost, by the store of a connection: links that wait ask it.
 
-A link alone does not always learn that its other end is gone. gloo now and then loses the error of a connection that
-closes just as a message is posted, and the message then waits until its deadline (torch 2.13). NCCL does not notice the
-end of a process at all. The store lives in the global leader, which knows whether the call of each server has ended.
+A link alone does not always learn that its other end is gone. NCCL does not notice the end of a process at all, and TCP
+not that of a host. The store lives in the global leader, which knows whether the call of each server has ended.
 
 A client of a store serves one call at a time, so these look through one that nothing waits on.
 """

@@ -1,4 +1,4 @@
-"""Links over torch.distributed: one process group per server, of the trainer ranks that send to it and its own ranks.
+"""Links between GPUs, over torch.distributed: one process group per server, of its own ranks and those that send to it.
 
 The groups are separate from torch's default group, with their own store, and carry only these messages. Every server
 has its own group, so that the loss of one server causes no error on the links to another. Ranks in a group: the trainer

@@ -29,7 +29,7 @@ from megatron_dypo.refit.transports.lost_peers import LostServers
 from megatron_dypo.refit.transports.reported_mesh import server_mesh
 from megatron_dypo.refit.transports.server_ranks import Offer, ServerRanks
 from megatron_dypo.refit.transports.trainer_rank import TrainerRank
-from megatron_dypo.refit.transports.update_group import address_towards
+from megatron_dypo.refit.transports.update_group import address_towards_all
 
 _SMALLEST_SLOT, _LARGEST_SLOT = 2**20, 16 * 2**20
 """Smallest and largest size of one staging buffer in bytes; larger buffers are not faster."""
@@ -71,7 +71,7 @@ class PlannedConnection(Connection):
             trainer_rank = lockstep.run(functools.partial(_prepare, source, offer, config, deadline))
             undo.callback(trainer_rank.close)
             lockstep.run(server_ranks.let_connect if server_ranks else None)
-            lockstep.run(functools.partial(trainer_rank.connect, offer.message.transport, deadline))
+            lockstep.run(functools.partial(trainer_rank.connect, deadline))
             lockstep.run(functools.partial(server_ranks.collect, 0) if server_ranks else None)
             undo.pop_all()
         return cls(trainer_rank, server_ranks)
@@ -109,7 +109,7 @@ def _meet(
     )
     plan = inputs.make_plan()
     most_links = plan.most_links()
-    host = address_towards(control.urls)
+    host = address_towards_all(control.urls)
     timeout = datetime.timedelta(seconds=deadline.seconds)
     served = ServedStore(host, timeout)
     message = ControlMessage(
@@ -137,15 +137,12 @@ def _prepare(source: Source, offer: Offer, config: RefitConfig, deadline: Deadli
     timeout = datetime.timedelta(seconds=deadline.seconds)
     store = reach_store(message.store_address, timeout)
     return TrainerRank(
-        message.plan.make_plan(),
+        message,
         source.layout.rank,
         store,
         offer.urls,
-        message.slot_bytes,
-        message.most_links,
         lost_servers=LostServers(reach_store(message.store_address, timeout)),
         make_slices=functools.partial(_slices, source, config.quantize),
-        verify=message.verify,
     )
 
 

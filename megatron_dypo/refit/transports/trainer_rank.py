@@ -11,21 +11,17 @@ import torch.distributed as dist
 
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.answers import ServerError
-from megatron_dypo.refit.checksums import Verify
-from megatron_dypo.refit.control_message import inventory_key
+from megatron_dypo.refit.control_message import ControlMessage, inventory_key
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
 from megatron_dypo.refit.quantized_servers import refusal
 from megatron_dypo.refit.slices import SliceSource
+from megatron_dypo.refit.transports.ends import sender_of
 from megatron_dypo.refit.transports.link_sender import LinkSender
 from megatron_dypo.refit.transports.links import LinkError, Sender, ServerLinks
-from megatron_dypo.refit.transports.local import LocalSender
 from megatron_dypo.refit.transports.lost_peers import LostServers
 from megatron_dypo.refit.transports.messages import Message, cut
-from megatron_dypo.refit.transports.p2p import GroupSender
 from megatron_dypo.refit.transports.threads import run_concurrently, run_unless_lost
-
-SENDERS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
 
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -38,46 +34,42 @@ class TrainerRank:
 
     def __init__(
         self,
-        plan: RefitPlan,
+        message: ControlMessage,
         rank: int,
         store: dist.Store,
         urls: Sequence[str],
-        slot_bytes: int,
-        most_links: int,
         *,
         lost_servers: LostServers,
         make_slices: Callable[[], SliceSource],
-        verify: Verify,
     ) -> None:
         """Read the parameters of the server ranks from the store.
 
-        ``make_slices`` returns this rank's current slices at the time of a refit.
+        ``message`` is any of this connection. ``make_slices`` returns this rank's current slices at the time of a
+        refit.
 
         Raises:
             ServerError: a server runs on another kind of device, or its parameters have other types than the plan's.
         """
-        self._plan = plan
+        self._message = message
+        self._plan = message.plan.make_plan()
         self._rank = rank
         self._store = store
         self._urls = urls
-        self._slot_bytes = slot_bytes
-        self._most_links = most_links
         self._lost_servers = lost_servers
         self._make_slices = make_slices
-        self._verify = verify
         self._dtypes: dict[Link, Mapping[str, torch.dtype]] = {}
         self._messages: dict[Link, list[Message]] = {}
         self._senders: dict[int, Sender] = {}
         transfers: dict[Link, list[Transfer]] = {}
-        for transfer in plan.sends(rank):
+        for transfer in self._plan.sends(rank):
             transfers.setdefault((transfer.server, transfer.server_rank), []).append(transfer)
         for link, of_link in transfers.items():
             dtypes = self._dtypes[link] = self._read_dtypes(link)
             for transfer in of_link:
                 self._require_dtype(transfer, dtypes[transfer.served_name])
-            self._messages[link] = list(cut(of_link, dtypes, slot_bytes))
+            self._messages[link] = list(cut(of_link, dtypes, message.slot_bytes))
 
-    def connect(self, transport: str, deadline: Deadline) -> None:
+    def connect(self, deadline: Deadline) -> None:
         """Connect with the ranks of all servers that this rank sends to.
 
         Raises:
@@ -85,7 +77,7 @@ class TrainerRank:
         """
         for server in sorted({server for server, _ in self._messages}):
             try:
-                self._senders[server] = self._connect(server, SENDERS[transport], deadline)
+                self._senders[server] = self._connect(server, deadline)
             except LinkError as error:
                 raise ServerError(f"{self._urls[server]}: no connection: {error}", self._urls[server]) from error
 
@@ -107,8 +99,8 @@ class TrainerRank:
                 messages,
                 self._dtypes[server, server_rank],
                 version=version,
-                verify=self._verify,
-                slot_bytes=self._slot_bytes,
+                verify=self._message.verify,
+                slot_bytes=self._message.slot_bytes,
             )
             for (server, server_rank), messages in self._messages.items()
         }
@@ -128,18 +120,19 @@ class TrainerRank:
         self._senders.clear()
         del self._store, self._lost_servers
 
-    def _connect(self, server: int, kind: type[Sender], deadline: Deadline) -> Sender:
+    def _connect(self, server: int, deadline: Deadline) -> Sender:
         links = ServerLinks(
             store=self._store,
+            store_host=self._message.store_host,
             server=server,
             sources=self._plan.sources_of(server),
             num_server_ranks=self._plan.servers[server].tensor,
             peers=tuple(sorted(rank for of, rank in self._messages if of == server)),
-            most_of_a_rank=self._most_links,
-            slot_bytes=self._slot_bytes,
+            most_of_a_rank=self._message.most_links,
+            slot_bytes=self._message.slot_bytes,
         )
         return run_unless_lost(
-            functools.partial(kind.connect, links, self._rank, deadline),
+            functools.partial(sender_of(self._message.transport).connect, links, self._rank, deadline),
             functools.partial(self._lost_servers.error, 0, server),
         )
 

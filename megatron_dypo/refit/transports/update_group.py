@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_dypo.mcore.compat.groups import abort, join_as_rank_0
 from megatron_dypo.parallel import streams
+from megatron_dypo.parallel.interfaces import address_towards
 from megatron_dypo.parallel.stores import OpenStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
@@ -47,7 +47,7 @@ class UpdateGroup:
         for info in infos:
             _require_plain(info, backend)
         name = f"dypo-{uuid.uuid4().hex}"
-        host, world_size = address_towards(control.urls), 1 + sum(info.tensor_parallel for info in infos)
+        host, world_size = address_towards_all(control.urls), 1 + sum(info.tensor_parallel for info in infos)
         timeout = datetime.timedelta(seconds=deadline.seconds)
         opened = OpenStore(host, world_size, timeout)  # SGLang's end of it has no key
         common = {"master_address": host, "master_port": opened.store.port, "world_size": world_size}
@@ -106,15 +106,11 @@ class UpdateGroup:
         dist.destroy_process_group(self._group)
 
 
-def address_towards(urls: Sequence[str]) -> str:
+def address_towards_all(urls: Sequence[str]) -> str:
     """Return the address of this host as the servers reach it: a loopback address only if all servers are local."""
     address = "127.0.0.1"
     for url in urls:
-        parts = urlsplit(url)
-        family, kind, _, _, server = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(server)  # connecting a datagram socket sends nothing; it only finds the route
-            address = probe.getsockname()[0]
+        address = address_towards(urlsplit(url).hostname or url)
         if not address.startswith("127.") and address != "::1":
             break
     return address
