@@ -224,6 +224,7 @@ class ServerEnd:
     def __init__(self, message: ControlMessage, server: int, server_rank: int, holders: dist.ProcessGroup) -> None:
         self.message = dataclasses.replace(message, server=server, server_rank=server_rank)
         self._holders = holders
+        self._store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
         self.held: dict[str, Tensor] = {}
         self._places: dict[str, list[tuple[Tensor, Any]]] = {}
         arch = message.plan.arch
@@ -253,8 +254,7 @@ class ServerEnd:
             message = dataclasses.replace(self.message, refit=refit, version=refit)
             model: Any = self
             load(model, [(message.to_json(), torch.empty(0))])
-            store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
-            report = json.loads(store.get(report_key(message.refit, message.server, message.server_rank)))
+            report = json.loads(self._store.get(report_key(message.refit, message.server, message.server_rank)))
             assert "error" not in report, report
 
     def take_raw(self) -> None:

@@ -3,7 +3,8 @@
     python tools/soak.py examples/quickstart/dypo.yaml run.steps=2000 eval.every=50 --hours 2 --faults 120
 
 It runs the config without faults (OUT/calm), then under faults (OUT/soak), each start with the same command, until the
-run is done or the hours are over; then the run is asked to stop. It prints whether steps, books, log-probs and memory
+run is done or the hours are over; then the run is asked to stop. With --slurm the run under faults is a job, which
+starts its trainer again itself, in place or after a requeue. It prints whether steps, books, log-probs and memory
 obeyed their laws in every step, whether the accuracy equals that of the calm run at the last step at which both were
 evaluated, and how much of the time was training. All of it is in OUT/soak.json.
 """
@@ -35,13 +36,22 @@ def main(
     max_gap: Annotated[float, typer.Option(help="Largest gap of log-probs between trainer and servers.")] = 1e-3,
     max_growth: Annotated[float, typer.Option(help="Largest growth of a process's memory.")] = 0.02,
     together: Annotated[bool, typer.Option(help="Do both runs at the same time.")] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OPTIONS",
+            help="Train under faults as a job of slurm/dypo_70b.sh, submitted with these options of sbatch; all of its "
+            "nodes must be on this host.",
+        ),
+    ] = None,
 ) -> None:
     """Exit code 0: every law held; 1: one did not."""
     from megatron_dypo.ending import Cause
     from megatron_dypo.metrics.goodput import measure_goodput
     from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
     from tools.soak_parts.invariants import growth, violations
-    from tools.soak_parts.soak import Soak, Story, train_command
+    from tools.soak_parts.jobs import SlurmJob
+    from tools.soak_parts.soak import LocalCommand, Soak, Story
 
     calm, under = out / "calm", out / "soak"
     out.mkdir(parents=True, exist_ok=True)
@@ -49,9 +59,10 @@ def main(
 
     def run(folder: Path, max_faults: int) -> None:
         _require_vacant(folder)
-        command = train_command(config, [*(overrides or []), f"run.dir={folder}"])
+        changes = [*(overrides or []), f"run.dir={folder.resolve()}"]
+        is_job = slurm is not None and folder == under
         soak = Soak(
-            command,
+            SlurmJob(config, changes, folder, slurm or "") if is_job else LocalCommand(config, changes),
             folder,
             mean_gap_s=3600.0 * hours / faults,
             max_faults=max_faults,

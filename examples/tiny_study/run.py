@@ -66,12 +66,14 @@ def compare(plan: Plan, task: str, kind: str, content: dict[str, Any]) -> None:
 def _require_diverged(plan: Plan, task: str, kind: str, status: int) -> None:
     """End this program, unless the only missing runs are those that diverged."""
     path = results_path(plan, task, kind)
-    try:
-        require_only_diverged(path, json.loads(path.read_text(encoding="utf-8"))["missing"])
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(f"megatron-dypo compare ended with status {status}; run the same command again to go on", file=sys.stderr)
-        sys.exit(status)
+    if path.is_file():  # a comparison that was stopped may have none yet
+        try:
+            require_only_diverged(path, json.loads(path.read_text(encoding="utf-8"))["missing"])
+            return
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+    print(f"megatron-dypo compare ended with status {status}; run the same command again to go on", file=sys.stderr)
+    sys.exit(status)
 
 
 def run_study(plan: Plan) -> None:

@@ -59,7 +59,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "kill the launcher": Fault(
         outcome="ends",
-        do=lambda run, rng, stop: _send(run.command, signal.SIGKILL, "the launcher") if run.has_launcher else None,
+        do=lambda run, rng, stop: _send(run.launcher, signal.SIGKILL, "the launcher"),
     ),
     "kill a server": Fault(
         outcome="goes on", do=lambda run, rng, stop: _send(_one(run.servers, rng), signal.SIGKILL, "a server")

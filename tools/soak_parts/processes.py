@@ -1,15 +1,16 @@
-"""The processes of a run, found from the one that was started."""
+"""The processes of a run, by role."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import psutil
 
 _SERVERS = ("sglang_cpu.py", "sglang.launch_server")
 _GUARD, _VERIFIER, _COMMAND = "megatron_dypo.processes.guard", "megatron_dypo.grading.workers", "megatron_dypo.cli"
+_LAUNCHER = "megatron_dypo.launch.torchrun"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,31 +18,33 @@ class RunProcesses:
     """The processes of a run that live now, by role."""
 
     command: psutil.Process
-    """The process that was started: the launcher of several ranks, or the only rank."""
+    """The process that was started."""
+    launcher: psutil.Process | None
+    """That of the ranks; None if the command is the only rank, or no launcher lives now."""
     ranks: tuple[psutil.Process, ...]
     servers: tuple[psutil.Process, ...]
     """The main process of each SGLang server."""
     verifiers: tuple[psutil.Process, ...]
     all: tuple[psutil.Process, ...]
-    """Those above and every other descendant."""
-
-    @property
-    def has_launcher(self) -> bool:
-        """Whether the command is not a rank itself."""
-        return self.command not in self.ranks
+    """Those above and every other one."""
 
 
 def find_processes(command: psutil.Process) -> RunProcesses:
     """Return the processes of a run whose command still lives. Raises psutil.NoSuchProcess if it does not."""
-    descendants = command.children(recursive=True)
-    lines = {process: line for process in descendants if (line := _line(process))}
-    ranks = tuple(process for process, line in lines.items() if _COMMAND in line and _is_rank(process))
+    found = by_role(command, command.children(recursive=True))
+    return replace(found, launcher=command) if found.ranks else replace(found, ranks=(command,), launcher=None)
+
+
+def by_role(command: psutil.Process, others: Sequence[psutil.Process]) -> RunProcesses:
+    """Tell the processes of a run apart by their command lines. ``others`` are all but the command."""
+    lines = {process: line for process in others if (line := _line(process))}
     return RunProcesses(
         command=command,
-        ranks=ranks or (command,),
+        launcher=next((process for process, line in lines.items() if line.split()[1:3] == ["-m", _LAUNCHER]), None),
+        ranks=tuple(process for process, line in lines.items() if _COMMAND in line and _is_rank(process)),
         servers=tuple(_of_servers(lines)),
         verifiers=tuple(process for process, line in lines.items() if _VERIFIER in line and _GUARD not in line),
-        all=(command, *descendants),
+        all=(command, *others),
     )
 
 

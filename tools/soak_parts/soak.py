@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import random
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
-from tools.soak_parts.faults import DAMAGE, FAULTS, flip_a_bit
+from tools.soak_parts.faults import DAMAGE, FAULTS, Fault, flip_a_bit
 from tools.soak_parts.invariants import Sample
 from tools.soak_parts.processes import RunProcesses, find_processes
 
@@ -63,12 +62,50 @@ class Story:
         }
 
 
+class Launch(Protocol):
+    """How a run is started, found and stopped."""
+
+    @property
+    def command(self) -> Sequence[str]:
+        """Return what starts the run, and ends with it."""
+        ...
+
+    @property
+    def faults(self) -> Mapping[str, Fault]:
+        """Return name → fault, each as likely as another."""
+        ...
+
+    def find(self, command: psutil.Process) -> RunProcesses:
+        """Return the run's processes. Raises psutil.NoSuchProcess if the command lives no more."""
+        ...
+
+    def stop(self, command: psutil.Popen) -> int:
+        """Ask the run to stop; return its exit status once it has saved and ended."""
+        ...
+
+
+class LocalCommand:
+    """A run that is a command of this host."""
+
+    faults: Mapping[str, Fault] = FAULTS
+
+    def __init__(self, config: Path, overrides: Sequence[str]) -> None:
+        self.command = [sys.executable, "-m", "megatron_dypo.cli", "train", str(config), *overrides]
+
+    def find(self, command: psutil.Process) -> RunProcesses:
+        return find_processes(command)
+
+    def stop(self, command: psutil.Popen) -> int:
+        command.terminate()
+        return int(command.wait())
+
+
 class Soak:
     """One run under faults."""
 
     def __init__(
         self,
-        command: Sequence[str],
+        launch: Launch,
         run_dir: Path,
         *,
         mean_gap_s: float,
@@ -76,7 +113,7 @@ class Soak:
         seed: int,
         say: Callable[[str], None],
     ) -> None:
-        self._command, self._run_dir, self._say = list(command), run_dir, say
+        self._launch, self._run_dir, self._say = launch, run_dir, say
         self._mean_gap_s, self._max_faults = mean_gap_s, max_faults
         self._rng = random.Random(seed)
         self._damaged: set[str] = set()
@@ -101,16 +138,16 @@ class Soak:
     def _one_start(self, end: float) -> int:
         log = self._run_dir.with_name(f"{self._run_dir.name}.log")
         with log.open("ab") as output:
-            process = subprocess.Popen(self._command, stdout=output, stderr=output, start_new_session=True)
+            process = psutil.Popen(self._launch.command, stdout=output, stderr=output, start_new_session=True)
         stop = threading.Event()
-        injector = threading.Thread(target=self._do_faults, args=(psutil.Process(process.pid), stop), daemon=True)
+        injector = threading.Thread(target=self._do_faults, args=(process, stop), daemon=True)
         injector.start()
         known: dict[int, psutil.Process] = {}
         sampled = 0.0
         try:
             while process.poll() is None and time.monotonic() < end:
                 with contextlib.suppress(psutil.Error):
-                    found = find_processes(psutil.Process(process.pid))
+                    found = self._launch.find(process)
                     known |= {one.pid: one for one in found.all}
                     if time.monotonic() - sampled >= _SAMPLE_EVERY_S:
                         sampled = time.monotonic()
@@ -120,9 +157,7 @@ class Soak:
         finally:
             stop.set()
             injector.join()
-            if process.poll() is None:
-                process.terminate()
-        status = process.wait()
+            status = self._launch.stop(process) if process.poll() is None else int(process.returncode)
         _, alive = psutil.wait_procs(list(known.values()), timeout=_LEAVE_S)
         for one in alive:
             with contextlib.suppress(psutil.Error):
@@ -131,17 +166,18 @@ class Soak:
         return status
 
     def _do_faults(self, command: psutil.Process, stop: threading.Event) -> None:
+        faults = self._launch.faults
         while not stop.wait(self._rng.expovariate(1.0 / self._mean_gap_s)):
             if len(self.story.events) >= self._max_faults:
                 return
-            kind = self._rng.choice(list(FAULTS))
+            kind = self._rng.choice(list(faults))
             step, moment = self._step(), time.time()
             words = None
             with contextlib.suppress(psutil.Error):  # a process has just ended: another fault follows
-                words = FAULTS[kind].do(find_processes(command), self._rng, stop)
+                words = faults[kind].do(self._launch.find(command), self._rng, stop)
             if words is not None:
                 self._note(kind, words, moment, step)
-                if FAULTS[kind].outcome != "goes on":
+                if faults[kind].outcome != "goes on":
                     return
 
     def _damage(self) -> None:
@@ -184,8 +220,3 @@ class Soak:
                             threads=one.num_threads(),
                         )
                     )
-
-
-def train_command(config: Path, overrides: Sequence[str]) -> list[str]:
-    """Return the command that trains a config."""
-    return [sys.executable, "-m", "megatron_dypo.cli", "train", str(config), *overrides]

@@ -95,7 +95,7 @@ def test_a_fault_reaches_its_process_and_a_stopped_one_goes_on() -> None:
     with subprocess.Popen([sys.executable, "-c", WAITS]) as process:
         found = find_processes(psutil.Process(process.pid))
         assert found.ranks == (found.command,)
-        assert not found.has_launcher
+        assert found.launcher is None
         rng, at_once = random.Random(1), threading.Event()
         at_once.set()
         assert FAULTS["kill a server"].do(found, rng, at_once) is None, "it has none"
@@ -125,7 +125,7 @@ def test_the_processes_of_a_run_are_told_apart_by_their_command_lines(tmp_path: 
         try:
             found = _when(command, lambda run: len(run.all) == len(levels))
             below = [command, *command.children(recursive=True)]
-            assert found.has_launcher
+            assert found.launcher == command
             assert found.servers == (below[3],)
             assert found.verifiers == ()
         finally:
