@@ -35,6 +35,12 @@ ROUTES_FLAG = "--enable-return-routed-experts"
 ROUTES_SETTING = "enable_return_routed_experts"
 """Its name in the answer to ``/server_info``."""
 
+ATTENTION_COPIES = ("--attn-dp-size", "--attention-data-parallel-size")
+"""Names of the flag for the number of copies of attention (attention data parallelism)."""
+REPLICAS = ("--dp-size", "--data-parallel-size")
+"""Names of the flag for the number of replicas; with :data:`SPREAD_ATTENTION`, of copies of attention."""
+SPREAD_ATTENTION = "--enable-dp-attention"
+
 _WHOLE_FLAGS = ("--ep",)
 """Flags of SGLang that other flags begin with."""
 
@@ -164,8 +170,8 @@ def value_of(extra_args: Sequence[str], *names: str) -> str | bool | None:
 
 def spreads_attention(extra_args: Sequence[str]) -> bool:
     """Return whether a server's ranks attend to requests of their own (attention data parallelism)."""
-    copies = value_of(extra_args, "--attn-dp-size", "--attention-data-parallel-size")
-    return str(copies or 1) != "1" or value_of(extra_args, "--enable-dp-attention") is not None
+    copies = value_of(extra_args, *ATTENTION_COPIES)
+    return str(copies or 1) != "1" or value_of(extra_args, SPREAD_ATTENTION) is not None
 
 
 def settings_of(server_info: Mapping[str, Any]) -> dict[str, Any]:

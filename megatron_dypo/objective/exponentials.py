@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_LOGITS_SHARE, _SCRATCH_SHARE = 0.75, 0.125
-"""Shares of the memory budget in which torch's passes keep a chunk, and copies of a few of its rows."""
+from megatron_dypo.objective.chunks import LOGITS_SHARE, SCRATCH_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +90,10 @@ class TorchExponentials:
 
     def __init__(self, dtype: torch.dtype, memory_budget: int) -> None:
         self._itemsize = dtype.itemsize
-        self._scratch_bytes = int(memory_budget * _SCRATCH_SHARE)
+        self._scratch_bytes = int(memory_budget * SCRATCH_SHARE)
 
     def num_logits(self, memory_budget: int) -> int:
-        return int(memory_budget * _LOGITS_SHARE) // self._itemsize
+        return int(memory_budget * LOGITS_SHARE) // self._itemsize
 
     def sums(self, logits_RV: Tensor, column_R: Tensor, out: RowSums) -> None:
         out.chosen_R.copy_(logits_RV.gather(1, column_R[:, None])[:, 0])

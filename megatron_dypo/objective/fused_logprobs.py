@@ -19,13 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dypo.objective.chunks import rows_of_chunks
+from megatron_dypo.objective.chunks import BLOCKS_SHARE, rows_of_chunks
 from megatron_dypo.objective.exponentials import Exponentials, RowGradients, RowSums, TorchExponentials
 from megatron_dypo.objective.projection import Projection
 
 _AUTOMATIC_FLOOR = 256 * 2**20
-_BLOCKS_SHARE = 0.125
-"""Share of the memory budget for blocks of operands that are converted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ class _Call:
         return torch.empty(rows, self.width, dtype=self.dtype, device=like.device)
 
     def projection(self, weight_VH: Tensor) -> Projection:
-        return Projection(weight_VH[: self.width], self.dtype, int(self.memory_budget * _BLOCKS_SHARE))
+        return Projection(weight_VH[: self.width], self.dtype, int(self.memory_budget * BLOCKS_SHARE))
 
     def exponentials(self, projection: Projection, device: torch.device) -> Exponentials:
         if device.type == "cuda" and self.dtype == torch.float32 and importlib.util.find_spec("triton") is not None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from megatron_dypo.config.tree import Config
-from megatron_dypo.objective.chunks import rows_of_chunks
+from megatron_dypo.objective.chunks import BLOCKS_SHARE, LOGITS_SHARE, SCRATCH_SHARE, rows_of_chunks
 from megatron_dypo.planning.activations import FP32, LayerBytes, layer_bytes, norm_bytes
 from megatron_dypo.planning.devices import GIB
 from megatron_dypo.planning.footprint import Footprint, Term
@@ -222,14 +222,14 @@ def _loss(setting: Setting, tokens: float) -> float:
     width = -(-arch.vocab_size // setting.config.parallel.tensor)
     budget = _logprob_budget(setting, width)
     narrower = e if e < FP32 else 0
-    most = (budget / (FP32 + narrower) if setting.on_gpu else budget * 0.75 / FP32) / width
+    most = (budget / (FP32 + narrower) if setting.on_gpu else budget * LOGITS_SHARE / FP32) / width
     rows = rows_of_chunks(math.ceil(tokens), max(1, int(most)))
     logits, hidden = rows * width * FP32, tokens * arch.hidden_size
     if setting.on_gpu:
         forward, operands = 0.0, float(rows * width * narrower)
     else:
-        forward = min(budget / 8, logits)
-        operands = min(budget / 8, width * arch.hidden_size * FP32) if narrower else 0.0
+        forward = min(budget * SCRATCH_SHARE, logits)
+        operands = min(budget * BLOCKS_SHARE, width * arch.hidden_size * FP32) if narrower else 0.0
     backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
     chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered ones, response tokens'
     return chosen + logits + operands + max(forward, backward) + 20 * FP32 * tokens

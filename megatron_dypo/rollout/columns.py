@@ -2,7 +2,8 @@
 
 SGLang writes the tokens of a response as ``"output_ids":[5,7]`` and their log-probs as rows
 ``"output_token_logprobs":[[-0.5,5,null],[-1.25,7,null]]``. These lists are nearly all of an answer. They are cut out of
-its bytes and converted by Arrow, which releases the GIL. The rest is read as JSON.
+its bytes and converted by Arrow, which releases the GIL. The rest is read as JSON. (SGLang 0.5.23 has binary log-probs
+for the likeliest tokens of a place only, ``return_flat_raw_top_logprobs_b64``, not for the token that was sampled.)
 
 The base64 in ``"routed_experts":"AAAA"`` may be a hundred times as long as both. It is cut out too, without a copy:
 ``json.loads`` would hold the GIL for a tenth of a second for each 100 MB.

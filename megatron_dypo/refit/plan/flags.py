@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.server_flags import value_of
+from megatron_dypo.config.server_flags import ATTENTION_COPIES, REPLICAS, SPREAD_ATTENTION, value_of
 from megatron_dypo.refit.plan.server_mesh import WITH_WHOLE_SHARED, ServerMesh, mesh_of_settings
 
 
@@ -32,9 +32,9 @@ def mesh_of_flags(tensor: int, extra_args: Sequence[str], *, expert: int | None 
         )
         return int(value)
 
-    copies = size("--attn-dp-size", "--attention-data-parallel-size")
-    if copies is None and value_of(extra_args, "--enable-dp-attention"):
-        copies = size("--dp-size", "--data-parallel-size")
+    copies = size(*ATTENTION_COPIES)
+    if copies is None and value_of(extra_args, SPREAD_ATTENTION):
+        copies = size(*REPLICAS)
     dispatch = str(value_of(extra_args, "--moe-a2a-backend") or "none")
     ep_size = size("--ep-size", "--ep", "--expert-parallel-size")
     return mesh_of_settings(

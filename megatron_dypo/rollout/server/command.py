@@ -12,7 +12,7 @@ from pathlib import Path
 
 import megatron_dypo
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.config.server_flags import spreads_attention, value_of
+from megatron_dypo.config.server_flags import REPLICAS, SPREAD_ATTENTION, spreads_attention, value_of
 from megatron_dypo.parallel.doors import LOOPBACK
 from megatron_dypo.parallel.environment import NO_WATCHDOG, without_expandable_segments
 from megatron_dypo.parallel.interfaces import is_loopback, join_network, listening_address, stay_on_this_host
@@ -198,7 +198,7 @@ def store_environment(command: Sequence[str], folder: Path) -> dict[str, str]:
     nodes, or with replicas of the whole model, there is no way around it.
     """
     address = str(value_of(command, *_ADDRESS_FLAGS) or f"{LOOPBACK}:0")
-    replicas = value_of(command, "--dp-size", "--data-parallel-size") and not value_of(command, "--enable-dp-attention")
+    replicas = value_of(command, *REPLICAS) and not value_of(command, SPREAD_ATTENTION)
     is_elsewhere = not is_loopback(address.rpartition(":")[0])
     if replicas or is_elsewhere or value_of(command, "--nnodes") or value_of(command, "--nccl-port"):
         return {}
