@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,21 @@ class Story:
             "ends": self.ends,
             "left_behind": self.left_behind,
         }
+
+
+def outlive(processes: Iterable[psutil.Process], patience_s: float) -> list[psutil.Process]:
+    """Wait until these processes have ended; return those that live on. (``psutil.wait_procs`` fails now and then: a
+    process that ends while it is opened is an OSError.)"""
+    end, alive = time.monotonic() + patience_s, list(processes)
+    while (alive := [one for one in alive if _lives(one)]) and time.monotonic() < end:
+        time.sleep(_LOOK_EVERY_S)
+    return alive
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 class Launch(Protocol):
@@ -158,8 +173,7 @@ class Soak:
             stop.set()
             injector.join()
             status = self._launch.stop(process) if process.poll() is None else int(process.returncode)
-        _, alive = psutil.wait_procs(list(known.values()), timeout=_LEAVE_S)
-        for one in alive:
+        for one in outlive(known.values(), _LEAVE_S):
             with contextlib.suppress(psutil.Error):
                 self.story.left_behind.append(f"start {len(self.story.ends) + 1}: {' '.join(one.cmdline())[:200]}")
                 one.kill()

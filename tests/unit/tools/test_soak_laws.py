@@ -17,6 +17,7 @@ from tools.soak import compare_accuracies
 from tools.soak_parts.faults import FAULTS, flip_a_bit
 from tools.soak_parts.invariants import GAP, Sample, growth, violations
 from tools.soak_parts.processes import RunProcesses, find_processes
+from tools.soak_parts.soak import outlive
 
 WAITS = "import threading; threading.Event().wait()"
 
@@ -106,6 +107,15 @@ def test_a_fault_reaches_its_process_and_a_stopped_one_goes_on() -> None:
         assert psutil.Process(process.pid).status() != psutil.STATUS_STOPPED
         FAULTS["kill a rank"].do(found, rng, at_once)
         assert process.wait(60) == -9
+
+
+def test_processes_that_outlive_their_run_are_told_from_those_that_have_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", WAITS]) as lives, subprocess.Popen(["true"]) as ended:
+        both = [psutil.Process(lives.pid), psutil.Process(ended.pid)]
+        assert [one.pid for one in outlive(both, 1.0)] == [lives.pid]
+        lives.kill()
+        lives.wait(60)
+        assert outlive(both, 60.0) == []
 
 
 SPAWNER = """
