@@ -27,9 +27,9 @@ from megatron_dypo.parallel.interfaces import address_towards
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 
-_BUFFER_BYTES = 2**20
-"""The kernel's buffers of a connection. With those that it would choose, bytes have left the processor's caches before
-they are read."""
+_BUFFER_BYTES = 2**18
+"""The kernel's buffers of a connection: the fastest of 128 KiB to 4 MiB by ``benchmarks/refit.py``. From larger ones,
+and those that the kernel would choose, bytes have left the processor's caches before they are read."""
 _PROOF_WAIT_S = 5.0
 """Longest wait for the proof of whoever has connected. A trainer rank sends its own at once."""
 _PROOF_BYTES = 32
