@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_dypo.parallel.interfaces import address_towards
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
+from megatron_dypo.refit.transports.links import Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 
 _BUFFER_BYTES = 2**18
 """The kernel's buffers of a connection: the fastest of 128 KiB to 4 MiB by ``benchmarks/refit.py``. From larger ones,
@@ -153,7 +153,7 @@ class TcpIncoming(Incoming):
         self._slot_bytes = slot_bytes
         self._deadline = deadline
         self._slot: Tensor | None = None
-        self._expected: deque[tuple[int, Tensor | None]] = deque(maxlen=DEPTH)
+        self._expected: deque[tuple[int, Tensor | None]] = deque()
 
     def expect(self, num_bytes: int, into: Tensor | None) -> None:
         self._expected.append((num_bytes, into))
