@@ -109,10 +109,10 @@ async def _listen(
 async def _admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> None:
     """Answer one who knows the key; raise KeyRefusedError for another before anything is sent."""
     theirs = await reader.readexactly(_NUMBER_BYTES)
-    _require(await reader.readexactly(_PROOF_BYTES), _proof(key, b"knocks", theirs))
+    _require(await reader.readexactly(_PROOF_BYTES), prove(key, b"knocks", theirs))
     ours = secrets.token_bytes(_NUMBER_BYTES)
-    writer.write(ours + _proof(key, b"opens", theirs, ours))
-    _require(await reader.readexactly(_PROOF_BYTES), _proof(key, b"enters", theirs, ours))
+    writer.write(ours + prove(key, b"opens", theirs, ours))
+    _require(await reader.readexactly(_PROOF_BYTES), prove(key, b"enters", theirs, ours))
 
 
 async def _enter(host: str, port: int, key: bytes) -> _Streams:
@@ -128,11 +128,11 @@ async def _enter(host: str, port: int, key: bytes) -> _Streams:
         raise TimeoutError(f"no connection in {_PROOF_WAIT_S:g} s") from error
     ours = secrets.token_bytes(_NUMBER_BYTES)
     try:
-        writer.write(ours + _proof(key, b"knocks", ours))
+        writer.write(ours + prove(key, b"knocks", ours))
         theirs = await asyncio.wait_for(reader.readexactly(_NUMBER_BYTES), _PROOF_WAIT_S)
         proof = await asyncio.wait_for(reader.readexactly(_PROOF_BYTES), _PROOF_WAIT_S)
-        _require(proof, _proof(key, b"opens", ours, theirs))
-        writer.write(_proof(key, b"enters", ours, theirs))
+        _require(proof, prove(key, b"opens", ours, theirs))
+        writer.write(prove(key, b"enters", ours, theirs))
     except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError) as error:
         writer.close()
         raise KeyRefusedError(f"{host}:{port} does not accept the key") from error
@@ -156,7 +156,8 @@ async def _await_door(reach: Callable[[], Awaitable[_Streams]], name: str, patie
             return
 
 
-def _proof(key: bytes, *parts: bytes) -> bytes:
+def prove(key: bytes, *parts: bytes) -> bytes:
+    """Return 32 bytes that only one who knows the key can compute."""
     return hmac.digest(key, b"\0".join(parts), "sha256")
 
 

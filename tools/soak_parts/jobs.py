@@ -71,9 +71,8 @@ class SlurmJob:
             return None
         end = time.monotonic() + _REQUEUE_S
         while time.monotonic() < end and not stop.wait(1.0):
-            number, _, state = (_call("squeue", "--noheader", f"--name={self.name}", "--format=%A %T") or "").partition(
-                " "
-            )
+            queued = _call("squeue", "--noheader", f"--name={self.name}", "--format=%A %T") or ""
+            number, _, state = queued.partition(" ")
             if state == "PENDING":
                 return number
         return None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.transports.closing import describe, shut
 from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 from megatron_dypo.refit.transports.rings import Ring, make_ring, open_ring
 
@@ -40,7 +41,7 @@ class Channel:
             self._connection.settimeout(deadline.remaining())
             self._connection.sendall(what)
         except OSError as error:  # includes TimeoutError
-            raise LinkError(f"shared memory: {_describe(error)}") from error
+            raise LinkError(f"shared memory: {describe(error)}") from error
 
     def receive_byte(self, what: bytes, deadline: Deadline) -> None:
         """Wait for one byte. Raises LinkError if a different byte or none comes."""
@@ -48,17 +49,14 @@ class Channel:
             self._connection.settimeout(deadline.remaining())
             received = self._connection.recv(1)
         except OSError as error:
-            raise LinkError(f"shared memory: {_describe(error)}") from error
+            raise LinkError(f"shared memory: {describe(error)}") from error
         if received != what:
             raise LinkError(
                 f"shared memory: received {received!r}, not {what!r}" if received else "shared memory: closed by peer"
             )
 
     def close(self) -> None:
-        # close() is not enough: another thread may be waiting in recv, which would keep the connection open.
-        with contextlib.suppress(OSError):  # the other side closed first
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        shut(self._connection)
         self.ring.close()
 
 
@@ -87,7 +85,7 @@ class LocalSender(Sender):
         except OSError as error:
             _close(channels.values())
             missing = sorted(set(range(links.num_server_ranks)) - channels.keys())
-            raise LinkError(f"shared memory: ranks {missing} did not come: {_describe(error)}") from error
+            raise LinkError(f"shared memory: ranks {missing} did not come: {describe(error)}") from error
         return cls(channels)
 
     def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
@@ -112,7 +110,7 @@ class LocalReceiver(Receiver):
                 channels[source] = _connect(path, server_rank, links.slot_bytes, deadline)
             except OSError as error:
                 _close(channels.values())
-                raise LinkError(f"shared memory of trainer rank {source}: {path}: {_describe(error)}") from error
+                raise LinkError(f"shared memory of trainer rank {source}: {path}: {describe(error)}") from error
         return cls(channels)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
@@ -219,7 +217,3 @@ def _address(path: Path) -> Iterator[str]:
 def _close(channels: Iterable[Channel]) -> None:
     for channel in channels:
         channel.close()
-
-
-def _describe(error: OSError) -> str:
-    return str(error) or type(error).__name__

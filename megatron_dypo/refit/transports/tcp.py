@@ -10,6 +10,7 @@ new random key are in that store, and each end proves that it knows the key. The
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -23,8 +24,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from megatron_dypo.parallel.doors import prove
 from megatron_dypo.parallel.interfaces import address_towards
 from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.transports.closing import describe, shut
 from megatron_dypo.refit.transports.links import Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 
 _BUFFER_BYTES = 2**18
@@ -59,9 +62,7 @@ class Connection:
 
     def close(self) -> None:
         """Close both directions; a thread that waits in the connection gets an error."""
-        with contextlib.suppress(OSError):  # the other side closed first
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        shut(self._socket)
 
 
 class TcpSender(Sender):
@@ -124,18 +125,23 @@ class TcpReceiver(Receiver):
         _close(self._connections.values())
 
 
-class TcpOutgoing(Outgoing):
-    """The sending end of one link. What was posted has left, so one staging buffer is enough."""
+class _End:
+    """One end of a link, for one refit. Only one message is under way, so one staging buffer is enough."""
 
     def __init__(self, connection: Connection, slot_bytes: int, deadline: Deadline) -> None:
         self._connection = connection
         self._slot_bytes = slot_bytes
         self._deadline = deadline
-        self._slot: Tensor | None = None
+
+    @functools.cached_property
+    def _slot(self) -> Tensor:
+        return torch.empty(self._slot_bytes, dtype=torch.uint8)
+
+
+class TcpOutgoing(_End, Outgoing):
+    """The sending end of one link. What was posted has left."""
 
     def stage(self, num_bytes: int) -> Tensor:
-        if self._slot is None:
-            self._slot = torch.empty(self._slot_bytes, dtype=torch.uint8)
         return self._slot[:num_bytes]
 
     def post(self, payload: Tensor) -> None:
@@ -145,14 +151,11 @@ class TcpOutgoing(Outgoing):
         """Do nothing: what was posted has left."""
 
 
-class TcpIncoming(Incoming):
-    """The receiving end of one link. A message is read when it is taken, so one staging buffer is enough."""
+class TcpIncoming(_End, Incoming):
+    """The receiving end of one link. A message is read when it is taken."""
 
     def __init__(self, connection: Connection, slot_bytes: int, deadline: Deadline) -> None:
-        self._connection = connection
-        self._slot_bytes = slot_bytes
-        self._deadline = deadline
-        self._slot: Tensor | None = None
+        super().__init__(connection, slot_bytes, deadline)
         self._expected: deque[tuple[int, Tensor | None]] = deque()
 
     def expect(self, num_bytes: int, into: Tensor | None) -> None:
@@ -160,10 +163,7 @@ class TcpIncoming(Incoming):
 
     def take(self) -> Tensor:
         num_bytes, into = self._expected.popleft()
-        if into is None:
-            if self._slot is None:
-                self._slot = torch.empty(self._slot_bytes, dtype=torch.uint8)
-            into = self._slot[:num_bytes]
+        into = self._slot[:num_bytes] if into is None else into
         self._connection.receive(into, self._deadline)
         return into
 
@@ -180,10 +180,10 @@ def _connect(links: ServerLinks, rank: int, server_rank: int, deadline: Deadline
     connection = socket.create_connection((place["host"], place["port"]), deadline.remaining())
     try:
         connection.settimeout(None)
-        connection.sendall(number + _proof(key, b"trainer", number))
+        connection.sendall(number + prove(key, b"trainer", number))
         answer = bytearray(_PROOF_BYTES)
         _fill(connection, memoryview(answer), deadline)
-        if not hmac.compare_digest(answer, _proof(key, b"server", number)):
+        if not hmac.compare_digest(answer, prove(key, b"server", number)):
             raise ConnectionError(f"{place['host']}:{place['port']} does not know the key")
         return Connection(connection)
     except BaseException:
@@ -198,16 +198,12 @@ def _admit(came: socket.socket, key: bytes, missing: Iterable[int]) -> int | Non
         _fill(came, memoryview(hello), Deadline(_PROOF_WAIT_S))
         number, proof = bytes(hello[:_RANK_BYTES]), hello[_RANK_BYTES:]
         source = int.from_bytes(number, "big")
-        if source in missing and hmac.compare_digest(proof, _proof(key, b"trainer", number)):
-            came.sendall(_proof(key, b"server", number))
+        if source in missing and hmac.compare_digest(proof, prove(key, b"trainer", number)):
+            came.sendall(prove(key, b"server", number))
             return source
     log.warning("a connection to the links of a refit had no key")
     came.close()
     return None
-
-
-def _proof(key: bytes, end: bytes, number: bytes) -> bytes:
-    return hmac.digest(key, end + number, "sha256")
 
 
 def _fill(connection: socket.socket, into: memoryview, deadline: Deadline) -> None:
@@ -252,7 +248,7 @@ def _as_link_errors(of: str) -> Iterator[None]:
     except BlockingIOError as error:
         raise LinkError(f"{of}: timed out") from error
     except (OSError, RuntimeError) as error:  # OSError includes TimeoutError; a store raises RuntimeError
-        raise LinkError(f"{of}: {error or type(error).__name__}") from error
+        raise LinkError(f"{of}: {describe(error)}") from error
 
 
 def _close(connections: Iterable[Connection]) -> None:
