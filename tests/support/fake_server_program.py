@@ -1,6 +1,7 @@
 """A program that takes a server's command line and serves its health endpoints; run under the guard by tests.
 
-The environment sets its behaviour: FAKE_SERVER=ok, =dies (right after writing a line to its log), =stubborn (it ignores
+The environment sets its behaviour: FAKE_SERVER=ok, =dies (right after writing a line to its log), =dies-once (a server of
+the same port that is started later does not), =stubborn (it ignores
 SIGTERM, and so does its child), =tempered (its log-probs depend on the temperature).
 """
 
@@ -32,10 +33,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 print(f"server_args={{'api_key': '{KEY}'}}", flush=True)
-if HOW == "dies":
+PORT = int(sys.argv[sys.argv.index("--port") + 1])
+HAS_DIED = Path(sys.argv[sys.argv.index("--config") + 1]).with_name(f"died-{PORT}")
+if HOW == "dies" or (HOW == "dies-once" and not HAS_DIED.exists()):
+    HAS_DIED.touch()
     print("CUDA out of luck", flush=True)
     sys.exit(3)
 if HOW == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # SIG_IGN is inherited
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()

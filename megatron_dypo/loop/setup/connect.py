@@ -20,6 +20,7 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, find_latest
 from megatron_dypo.mcore.chunks import named_global_weights
 from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.routing_replay import route_shape
@@ -60,6 +61,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
         device=device.device_kind(),
         temperature=config.rollout.temperature,
         returns_routes=config.objective.replay == "rollout",
+        have_worked=find_latest(Path(config.run.dir) / CHECKPOINTS) is not None,
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
     return future

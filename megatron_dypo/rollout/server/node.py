@@ -18,7 +18,9 @@ from megatron_dypo.rollout.server.servers import start_servers
 log = logging.getLogger(__name__)
 
 
-def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, server_args: str = "") -> None:
+def keep_servers(
+    config: Config, *, device: str, first: int, log_dir: Path, server_args: str = "", have_worked: bool = False
+) -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
     A server that dies is started again, up to ``rollout.servers.max_restarts`` times, with the weights of the model
@@ -28,6 +30,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, serv
         first: number of this node's first server among the servers of all nodes; server ``i`` samples with seed +
         ``i``.
         server_args: more arguments for SGLang, after ``rollout.servers.extra_args``, as a shell would read them.
+        have_worked: as for :func:`~megatron_dypo.rollout.server.servers.start_servers`.
 
     Raises:
         ServerDiedError: no server is left; or, with ``max_restarts=0``, one died.
@@ -43,7 +46,9 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, serv
     _require_ports(cfg)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     model, seed = Path(config.model.hf_path), config.run.seed + first
-    with start_servers(cfg, model, config.model.dtype, log_dir, seed=seed, device=device) as pool:
+    with start_servers(
+        cfg, model, config.model.dtype, log_dir, seed=seed, device=device, have_worked=have_worked
+    ) as pool:
         log.info("serving at %s", ", ".join(pool.urls))
         pool.wait_for_loss()
 

@@ -65,7 +65,7 @@ class ServerPool:
         if self._supervisor is not None:
             self._supervisor.check()
             return
-        for process in self._processes:  # they start
+        for process in self._processes:  # they start for the first time
             process.check()
 
     def wait_for_loss(self) -> None:
@@ -151,7 +151,7 @@ class ServerPool:
         told = start
         for url in self.urls:
             while (status := http_status(f"{url}/health", self.api_key)) != 200:
-                self.check()
+                self._check_start()
                 now, said = time.monotonic(), "no answer" if status is None else f"/health answers HTTP {status}"
                 if now - start > deadline_s:
                     raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
@@ -168,8 +168,14 @@ class ServerPool:
             assert self.api_key is not None
             process.forget_key(self.api_key)
 
+    def _check_start(self) -> None:
+        self.check()
+        for server in self._supervisor.servers if self._supervisor else ():
+            if server.given_up is not None:
+                raise ServerDiedError(server.given_up)
+
     def _supervise(self, restarts: int, deadline_s: float) -> None:
-        if not self._processes:
+        if self._supervisor is not None or not self._processes:
             return
         self._supervisor = Supervisor(
             [
@@ -204,6 +210,7 @@ def start_servers(
     device: str,
     temperature: float = 1.0,
     returns_routes: bool = False,
+    have_worked: bool = False,
 ) -> ServerPool:
     """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
@@ -215,9 +222,11 @@ def start_servers(
         temperature: temperature of training rollouts. If it is not 1, servers given by URL are tested: their log-probs
             must be those of temperature 1.
         returns_routes: servers given by URL must be able to return the experts that they choose.
+        have_worked: servers of this config have served before, so that one which ends while it starts was hit by
+            something else: it is started again, up to ``cfg.max_restarts`` times. Otherwise it cannot start.
 
     Raises:
-        ServerDiedError: a server ended while it started.
+        ServerDiedError: a server ended while it started, and is not started again.
         NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
         ValueError: a server of ``cfg.urls`` has a name that this host does not know, refuses the API key, gives
             log-probs that depend on the temperature, or lacks a flag; ``dtype``, ``cfg.port`` or the key breaks a rule;
@@ -240,12 +249,15 @@ def start_servers(
         if not cfg.urls:
             log_dir.mkdir(parents=True, exist_ok=True)
             pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
+        if have_worked:
+            pool._supervise(cfg.max_restarts, cfg.start_deadline_s)
         pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
         if cfg.urls and temperature != 1.0:
             _require_untempered(pool, temperature)
         if cfg.urls and returns_routes:
             _require_routes(pool)
         pool._supervise(cfg.max_restarts, cfg.start_deadline_s)
+        pool.take_lost()  # they run again
         undo.pop_all()
     return pool
 

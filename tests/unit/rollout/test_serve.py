@@ -33,7 +33,8 @@ def node(tmp_path: Path):
     def start(port: int, *options: str, **environment: str) -> subprocess.Popen:
         servers = {"python": str(python), "per_node": 2, "nodes": 4, "port": port}
         config = {"model": {"hf_path": str(tmp_path), "dtype": "float32"}, "data": {"prompts": ["none.jsonl"]}}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "rollout": {"servers": servers}}))
+        more = {"rollout": {"servers": servers}, "run": {"dir": str(tmp_path / "run")}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, **more}))
         arguments = ["serve", str(tmp_path / "config.yaml"), "--log-dir", str(tmp_path / "logs")]
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_dypo.cli", *arguments, *options],
@@ -106,6 +107,21 @@ def test_a_server_that_cannot_start_ends_the_node_with_the_end_of_its_log(node) 
     assert process.returncode == 69
     assert "megatron-dypo: error: servers_gone (status 69): SGLang server" in output
     assert "CUDA out of luck" in output
+
+
+def test_a_server_of_a_run_with_a_checkpoint_may_end_while_it_starts(node, tmp_path: Path) -> None:
+    step = tmp_path / "run/checkpoints/step_0000002"
+    step.mkdir(parents=True)
+    (step / "trainer_state.json").write_text("{}")
+    (step.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    port = free_pair()
+    process = node(port, FAKE_SERVER="dies-once")
+    lines = [process.stdout.readline()]
+    while lines[-1] and "serving at" not in lines[-1]:
+        lines.append(process.stdout.readline())
+    assert is_up(port), "".join(lines)
+    assert is_up(port + 1)
+    assert sum("starting it again (1 of 3 times)" in line for line in lines) == 2
 
 
 def test_a_port_that_is_taken_or_a_missing_key_is_one_line(node) -> None:

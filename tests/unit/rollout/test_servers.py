@@ -91,6 +91,28 @@ def test_a_server_that_dies_while_it_starts_is_named_with_its_last_words(
     assert not list((tmp_path / "logs").glob("*.yaml"))
 
 
+def test_servers_that_have_worked_before_are_started_again_if_they_end_while_they_start(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", "dies-once")
+    with start_pool(python, tmp_path, per_node=2, have_worked=True) as pool:
+        assert [http_status(f"{url}/health", pool.api_key) for url in pool.urls] == [200, 200]
+        assert len(list((tmp_path / "logs").glob("died-*"))) == 2
+        assert pool.take_lost() == {}
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize("max_restarts", [0, 2])
+def test_a_server_that_never_starts_is_an_error_even_if_it_has_worked(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", "dies")
+    with pytest.raises(ServerDiedError, match=r"(?s)SGLang server 0 .*ended with status 3.*out of luck"):
+        start_pool(python, tmp_path, have_worked=True, max_restarts=max_restarts)
+    assert (tmp_path / "logs/sglang_0.log").read_text().count("out of luck") == max_restarts + 1
+    assert alive(tmp_path) == []
+
+
 def kill(tmp_path: Path, url: str) -> None:
     """Send SIGKILL to the server at a URL, once it listens there."""
     port = url.rpartition(":")[2]
