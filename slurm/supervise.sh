@@ -15,6 +15,8 @@ terminated() {
 TRAINER_STARTS=0      # how often this attempt has started its trainer
 STARTS_AT_CHECKPOINT=0 # … since the run's last checkpoint changed
 LAST_CHECKPOINT=''
+FIRST_CHECKPOINT='' # the run's last checkpoint when this attempt began
+FAILURE_MAY_PASS='' # set if the servers that failed were lost, and did not refuse their input
 
 job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }
 
@@ -100,6 +102,7 @@ notice_ended_servers() {
     WANTS_STOP="rollout on $node was told to end"
   else
     FAILURE="rollout on $node ended with status $status; see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
+    [ "$status" != 69 ] || FAILURE_MAY_PASS=1
     ask_trainer_to_stop "$FAILURE"
   fi
 }
@@ -116,13 +119,17 @@ role_ended() {
       return
     fi
     FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
+    [ "$status" -le 128 ] || FAILURE_MAY_PASS=1
     ask_trainer_to_stop "$FAILURE"
   elif [ -f "$DYPO_LOGS/stopped" ] && { [ "$status" = 0 ] || [ -n "$STOP_AT$WANTS_STOP" ]; }; then
     conclude # with another status, srun told a node to stop because another one had failed
   elif [ "$status" != 0 ]; then
     local end
     end=$(trainer_end "$status")
-    [ -z "${FAILURE:-}" ] || fail "$FAILURE; $end"
+    if [ -n "${FAILURE:-}" ]; then
+      was_lost "$status" 0 || fail "$FAILURE; $end"
+      end_without_servers "$FAILURE; $end"
+    fi
     restart_trainer "$status" "$end"
   else
     stop_roles
@@ -167,6 +174,7 @@ restart_trainer() {
 count_start() {
   TRAINER_STARTS=$((TRAINER_STARTS + 1)) STARTS_AT_CHECKPOINT=$((STARTS_AT_CHECKPOINT + 1))
   LAST_CHECKPOINT=$(last_checkpoint)
+  [ "$TRAINER_STARTS" -gt 1 ] || FIRST_CHECKPOINT=$LAST_CHECKPOINT
 }
 
 # Print the step of the run's last checkpoint.
@@ -180,6 +188,7 @@ was_lost() {
     number=$((number + 1))
     case $said in
       0 | 75 | 76 | 77 | 143) ;;
+      69) [ -n "${FAILURE:-}" ] || return 1 ;; # its servers were lost, which is told already
       *) return 1 ;;
     esac
   done < <(cat "$DYPO_LOGS/ends"/* 2>/dev/null)
@@ -197,9 +206,19 @@ lost_nodes() {
 # Print the other ones.
 well_nodes() { comm -23 <(printf '%s\n' "$@" | sort) <(lost_nodes "$@" | sort) | grep . || true; }
 
+# end_without_servers WORDS: servers have failed, and the trainer has ended. If servers were lost and this attempt got further,
+# the job is requeued: the next preflight leaves out nodes that it finds bad. Else the next attempt would fail alike.
+end_without_servers() {
+  [ -n "$FAILURE_MAY_PASS" ] || fail "$1; submit again to resume"
+  [ "$(last_checkpoint)" != "$FIRST_CHECKPOINT" ] || fail "$1; submit again to resume"
+  say "$1"
+  stop_roles
+  requeue "to go on from the last checkpoint"
+}
+
 # The trainer has stopped on request, or its time is over: requeue the job, unless a role failed.
 conclude() {
-  [ -z "${FAILURE:-}" ] || fail "$FAILURE; submit again to resume"
+  [ -z "${FAILURE:-}" ] || end_without_servers "$FAILURE"
   if made_no_step "$DYPO_LOGS" && made_no_step "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$((ATTEMPT - 1))"; then
     fail "two attempts in a row ended before they made a step, this one after $SECONDS s: the job needs a longer --time"
   fi

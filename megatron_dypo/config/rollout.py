@@ -60,9 +60,10 @@ class ServersConfig:
     stop_grace_s: float = 20.0
     """Seconds that a server gets to end on its own before it is killed."""
     max_restarts: int = 3
-    """How often the run starts a server of its own again after it died, counted per server. After that the server is
-    left out; with no server left the run ends. 0: the first server that dies ends the run. A server that dies before it
-    has served is started again only if the run has a checkpoint; in a new run it ends the start."""
+    """How often in a row the run starts a server of its own again after it died, counted per server; half an hour of
+    serving ends a row. After that the server is left out; with no server left the run ends. 0: the first server that
+    dies ends the run. A server that dies before it has served is started again only if the run has a checkpoint; in a
+    new run it ends the start."""
     per_node: int = 1
     """Servers on one node: those that the run starts, or that ``megatron-dypo serve`` starts on each rollout node."""
     nodes: int = 1

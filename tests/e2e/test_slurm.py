@@ -298,16 +298,22 @@ def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, t
 
 
 @pytest.mark.slow
-def test_servers_that_keep_dying_end_the_job_with_a_checkpoint_and_say_who_it_was(slurm, task, tmp_path):
+def test_servers_that_keep_dying_requeue_a_job_that_got_further_and_end_one_that_did_not(slurm, task, tmp_path):
     limits = ["run.steps=500", "checkpoint.every=0", "rollout.servers.max_restarts=0"]
     job = submit(slurm, task, tmp_path, *limits, nodes=4, rollout_nodes=2, GRACE_S="240")
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
     kill_server(job, "node4")
+    job.wait_until(lambda: "attempt 0 is requeued" in job.output(), "the requeue", DEADLINE_S)
+    assert "dypo: rollout on node4 ended with status 69" in job.output()
+    assert "stopped on request" in (job.logs / "latest" / "trainer.node1.log").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").is_file()
+    again = job.logs / f"{job.number}.1" / "rollout.node4.log"
+    job.wait_until(lambda: again.is_file() and "http://node4:" in again.read_text(), "the next attempt", DEADLINE_S)
+    job.wait_until(lambda: bool(servers(job, "node4")), "its server", DEADLINE_S)
+    kill_server(job, "node4")
     assert job.wait(DEADLINE_S) == "FAILED", job.everything()
     assert job.last_line().startswith("dypo: error: rollout on node4 ended with status 69")
     assert job.last_line().endswith("submit again to resume")
-    assert "stopped on request" in (job.logs / "latest" / "trainer.node1.log").read_text()
-    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").is_file()
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """A program that takes a server's command line and serves its health endpoints; run under the guard by tests.
 
-The environment sets its behaviour: FAKE_SERVER=ok, =dies (right after writing a line to its log), =dies-once (a server of
-the same port that is started later does not), =stubborn (it ignores
-SIGTERM, and so does its child), =tempered (its log-probs depend on the temperature).
+The environment sets its behaviour: FAKE_SERVER=ok, =dies (right after writing a line to its log), =second-dies (server
+1 does, server 0 does not), =dies-once (each does at its first start only), =stubborn (it ignores SIGTERM, and so does
+its child), =tempered (its log-probs depend on the temperature).
 """
 
 import json
@@ -13,7 +13,8 @@ import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-KEY_LINE = Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+KEY_FILE = Path(sys.argv[sys.argv.index("--config") + 1])
+KEY_LINE = KEY_FILE.read_text()
 KEY = KEY_LINE.removeprefix('api-key: "').removesuffix('"\n')
 HOW = os.environ.get("FAKE_SERVER", "ok")
 
@@ -34,8 +35,8 @@ class Handler(BaseHTTPRequestHandler):
 
 print(f"server_args={{'api_key': '{KEY}'}}", flush=True)
 PORT = int(sys.argv[sys.argv.index("--port") + 1])
-HAS_DIED = Path(sys.argv[sys.argv.index("--config") + 1]).with_name(f"died-{PORT}")
-if HOW == "dies" or (HOW == "dies-once" and not HAS_DIED.exists()):
+HAS_DIED = KEY_FILE.with_name(f"died-{PORT}")
+if HOW == "dies" or (HOW == "second-dies" and "_1." in KEY_FILE.name) or (HOW == "dies-once" and not HAS_DIED.exists()):
     HAS_DIED.touch()
     print("CUDA out of luck", flush=True)
     sys.exit(3)

@@ -26,7 +26,7 @@ from megatron_dypo.rollout.server.command import (
 )
 from megatron_dypo.rollout.server.names import require_known_hosts
 from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered, request_json
-from megatron_dypo.rollout.server.process import ServerProcess
+from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
 
 _log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +12,15 @@ from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 
 _log = logging.getLogger(__name__)
+_STEADY_S = 1800.0
+"""Seconds after which a server that has served all the time may be started again as often as at first."""
 
 
 class Supervised:
-    """One running server. It is started again when it dies, up to ``restarts`` times.
+    """One running server. It is started again when it dies, up to ``restarts`` times in a row.
 
-    A restarted server holds the weights of its model folder, not those of the last refit.
+    Half an hour of serving ends a row, so that a run of weeks outlives a death every other day. A restarted server
+    holds the weights of its model folder, not those of the last refit.
     """
 
     def __init__(
@@ -35,8 +39,9 @@ class Supervised:
         self.process = process
         self._start, self._is_healthy = start, is_healthy
         self._restarts, self._deadline_s = restarts, deadline_s
-        self._num_starts = 0
+        self._num_starts = self._num_in_row = 0
         self._started_at = 0.0
+        self._serves_since = time.monotonic()
         self._given_up: str | None = None
         self._untold: str | None = None
         self._is_over = threading.Event()
@@ -82,6 +87,7 @@ class Supervised:
             if self.process.ending() is not None:
                 return
             if is_healthy:
+                self._serves_since = time.monotonic()
                 _log.info("%s (%s) runs again; it serves after the next refit", self.process.name, self.process.url)
                 return
             if time.monotonic() > self._started_at + self._deadline_s:
@@ -90,7 +96,9 @@ class Supervised:
                 return
 
     def _restart(self, ending: str) -> None:
-        if self._num_starts == self._restarts:
+        if time.monotonic() > self._serves_since + _STEADY_S:
+            self._num_in_row = 0
+        if self._num_in_row == self._restarts:
             try:
                 self.process.check()
             except ServerDiedError as error:
@@ -98,8 +106,9 @@ class Supervised:
             _log.error("%s\nrollout.servers.max_restarts=%d: it is not started again", self._given_up, self._restarts)
             return
         self._num_starts += 1
-        self._started_at = time.monotonic()
-        _log.warning("%s; starting it again (%d of %d times)", ending, self._num_starts, self._restarts)
+        self._num_in_row += 1
+        self._started_at, self._serves_since = time.monotonic(), math.inf
+        _log.warning("%s; starting it again (%d of %d times)", ending, self._num_in_row, self._restarts)
         try:
             self._start()
         except OSError as error:  # no process or descriptor left: count it as another death

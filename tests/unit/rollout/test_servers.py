@@ -102,14 +102,16 @@ def test_servers_that_have_worked_before_are_started_again_if_they_end_while_the
     assert alive(tmp_path) == []
 
 
+@pytest.mark.parametrize(("dies", "number"), [("dies", 0), ("second-dies", 1)])
 @pytest.mark.parametrize("max_restarts", [0, 2])
 def test_a_server_that_never_starts_is_an_error_even_if_it_has_worked(
-    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int, dies: str, number: int
 ) -> None:
-    monkeypatch.setenv("FAKE_SERVER", "dies")
-    with pytest.raises(ServerDiedError, match=r"(?s)SGLang server 0 .*ended with status 3.*out of luck"):
-        start_pool(python, tmp_path, have_worked=True, max_restarts=max_restarts)
-    assert (tmp_path / "logs/sglang_0.log").read_text().count("out of luck") == max_restarts + 1
+    monkeypatch.setenv("FAKE_SERVER", dies)
+    words = rf"(?s)SGLang server {number} .*ended with status 3.*out of luck"
+    with pytest.raises(ServerDiedError, match=words):
+        start_pool(python, tmp_path, per_node=number + 1, have_worked=True, max_restarts=max_restarts)
+    assert (tmp_path / f"logs/sglang_{number}.log").read_text().count("out of luck") == max_restarts + 1
     assert alive(tmp_path) == []
 
 

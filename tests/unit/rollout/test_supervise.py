@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dypo.rollout.server import supervise
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
 from tests.support.fake_sglang import wait_until
@@ -34,6 +35,27 @@ def test_a_server_that_cannot_be_started_again_has_died_once_more(ended: ServerP
         supervisor.check()
     supervisor.stop()
     assert len(starts) == 2
+
+
+@pytest.mark.parametrize(("is_healthy", "num_starts"), [(True, 5), (False, 2)])
+def test_a_server_that_has_served_for_long_may_be_started_again_as_often_as_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_healthy: bool, num_starts: int
+) -> None:
+    monkeypatch.setattr(supervise, "_STEADY_S", 600.0)
+    process = ServerProcess("server", "http://127.0.0.1:9", tmp_path / "server.log", grace_s=0.1)
+    starts: list[int] = []
+
+    def start() -> None:
+        starts.append(1)
+        monkeypatch.setattr(supervise, "_STEADY_S", -1.0 if len(starts) in (2, 3) else 600.0)
+        process.start([sys.executable, "-c", "import time; time.sleep(1); raise SystemExit(3)"], {}, "key")
+
+    process.start([sys.executable, "-c", "raise SystemExit(3)"], {}, "key")
+    supervisor = Supervisor([Supervised(process, start, lambda: is_healthy, restarts=2, deadline_s=60.0)])
+    wait_until(lambda: supervisor.servers[0].given_up is not None, "it is given up")
+    supervisor.stop()
+    # After the second and the third start it serves for long: each time a new row of two begins.
+    assert len(starts) == num_starts
 
 
 def test_an_error_of_the_thread_is_raised_where_servers_are_checked(ended: ServerProcess) -> None:

@@ -236,6 +236,30 @@ def test_a_trainer_starts_again_in_place_only_if_it_was_lost(job, ends, status, 
         ]
 
 
+@pytest.mark.parametrize(
+    ("servers", "trainer", "gets_further", "is_requeued"),
+    [
+        (69, "75 3 stopped: asked", True, True),
+        (69, "69 3 servers_gone: no server is left", True, True),
+        (69, "77 3 rank_lost: rank 3 was killed by SIGKILL", True, True),
+        (69, "75 3 stopped: asked", False, False),
+        (69, "13 3 not_finite: weights", True, False),
+        (65, "75 3 stopped: asked", True, False),
+    ],
+)
+def test_a_job_that_lost_its_servers_is_requeued_if_it_got_further(job, servers, trainer, gets_further, is_requeued):
+    (job.logs / "ended" / "node3").write_text(f"{servers}\n")
+    end(job, "node1", trainer)
+    status = int(trainer.split()[0])
+    stopped = 'touch "$DYPO_LOGS/stopped"; status=0' if status == 75 else f"status={status}"
+    script = f"ask_trainer_to_stop() {{ :; }}; {'reach 5; ' * gets_further}notice_ended_servers; {stopped}"
+    code, said = job(f'{STARTS_AGAIN}{script}; (exit "$status") & PID[trainer]=$!; role_ended trainer')
+    assert ("scontrol requeue 12" in said) is is_requeued
+    assert code == (0 if is_requeued else 1)
+    last = f"rollout on node3 ended with status {servers}"
+    assert any(line.startswith(f"dypo: {'' if is_requeued else 'error: '}{last}") for line in said.splitlines())
+
+
 def test_the_statuses_of_a_lost_trainer_are_those_whose_cause_says_that_it_may_be_started_again():
     (cases,) = re.findall(r"case \$said in\s+([\d |]+)\)", (REPOSITORY / "slurm" / "supervise.sh").read_text())
     assert {int(status) for status in cases.split("|")} - {0, 75, 143} == {c.status for c in Cause if c.restart}
