@@ -53,6 +53,7 @@ Tests run jobs on a real Slurm of one host. Its nodes share an address, or (`tes
 | an input that only one node sees; a rank that crashes; servers that cannot start | the last line names cause, role and the node where it began | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
 | attempts that end before they make a step (a short `--time`) | no third one | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
 | a node does not know another one's name, or takes it for itself (127.0.1.1) | it is a bad node, named before anything starts | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
+| a firewall stops connections to a rollout node, or it is down | the trainer ends after a minute and names the server | `tests/unit/rollout/test_reach.py` |
 | nodes know their own names by 127.0.1.1; names are IPv6 addresses | the run trains and refits | `tests/e2e/test_slurm_nodes.py`, `tests/unit/parallel/test_interfaces.py` |
 | the port at which trainer nodes meet is taken | the trainer starts again in place, at another port | `tests/e2e/test_slurm_nodes.py` |
 | a rank, a launcher or a node is lost | the trainer starts again in place, or the job is requeued without the node | `tests/e2e/test_slurm.py` |

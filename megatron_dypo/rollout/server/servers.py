@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +28,14 @@ from megatron_dypo.rollout.server.command import (
 from megatron_dypo.rollout.server.names import require_known_hosts
 from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered, request_json
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
+from megatron_dypo.rollout.server.reach import find_unreachable
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
 
 _log = logging.getLogger(__name__)
 _TELL_EVERY_S = 60.0
 """Seconds between two lines that name the server that is waited for."""
+_REACH_S = 60.0
+"""Seconds within which the host of each given URL must answer, if only by refusing a connection."""
 
 
 class NotHealthyError(TimeoutError):
@@ -227,7 +231,7 @@ def start_servers(
 
     Raises:
         ServerDiedError: a server ended while it started, and is not started again.
-        NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
+        NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``, or the host of a URL does not answer.
         ValueError: a server of ``cfg.urls`` has a name that this host does not know, refuses the API key, gives
             log-probs that depend on the temperature, or lacks a flag; ``dtype``, ``cfg.port`` or the key breaks a rule;
             or ``cfg.nodes`` is above 1 without ``cfg.urls``.
@@ -246,6 +250,7 @@ def start_servers(
     with contextlib.ExitStack() as undo:
         undo.callback(pool.stop)
         require_known_hosts(cfg.urls)
+        _require_reachable(cfg)
         if not cfg.urls:
             log_dir.mkdir(parents=True, exist_ok=True)
             pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
@@ -260,6 +265,19 @@ def start_servers(
         pool.take_lost()  # they run again
         undo.pop_all()
     return pool
+
+
+def _require_reachable(cfg: ServersConfig) -> None:
+    seconds = min(_REACH_S, cfg.start_deadline_s)
+    lost = find_unreachable(cfg.urls, seconds)
+    if not lost:
+        return
+    url, met = next(iter(lost.items()))
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    raise NotHealthyError(
+        f"rollout.servers.urls: {url}{more}: {platform.node()} could not connect for {seconds:g} s ({met}). A host "
+        "refuses connections while its server starts, so the host is down, or a firewall stops connections to this port"
+    )
 
 
 def _require_untempered(pool: ServerPool, temperature: float) -> None:

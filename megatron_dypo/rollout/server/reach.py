@@ -1,0 +1,76 @@
+"""Whether connections to servers get through to their hosts, asked before anybody waits for the servers.
+
+A host that lives refuses a connection to a port at which nothing listens yet. A connection that gets no answer at all,
+or an answer of the network, was stopped by a firewall, or its host is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+_ATTEMPT_S = 5.0
+_PAUSE_S = 1.0
+_AT_ONCE = 64
+_BLOCKED = {
+    errno.ETIMEDOUT,
+    errno.EHOSTUNREACH,  # also of a firewall that rejects
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EACCES,
+    errno.EPERM,
+}
+
+
+def find_unreachable(urls: Sequence[str], deadline_s: float) -> dict[str, str]:
+    """Return URL → what connections to it met, for the URLs whose host gave no answer for ``deadline_s`` seconds.
+
+    It returns at once if all hosts answer. It tries 64 URLs at a time. Blocks: call it outside of event loops.
+    """
+    return asyncio.run(_find_all(urls, time.monotonic() + deadline_s))
+
+
+async def _find_all(urls: Sequence[str], deadline: float) -> dict[str, str]:
+    gate = asyncio.Semaphore(_AT_ONCE)
+    met = await asyncio.gather(*(_find(url, gate, deadline) for url in urls))
+    return {url: words for url, words in zip(urls, met, strict=True) if words is not None}
+
+
+async def _find(url: str, gate: asyncio.Semaphore, deadline: float) -> str | None:
+    """Return what the last connection met; None once the host has answered."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    while True:
+        async with gate:
+            met = await _try(parts.hostname or "", port)
+        if met is None or time.monotonic() > deadline:
+            return met
+        await asyncio.sleep(_PAUSE_S)
+
+
+async def _try(host: str, port: int) -> str | None:
+    """Connect once, to the first address of the host that answers."""
+    loop, met = asyncio.get_running_loop(), None
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:  # the name server may be busy
+        return str(error.strerror)
+    for family, *_, address in found:
+        with socket.socket(family) as connection:
+            connection.setblocking(False)
+            try:
+                await asyncio.wait_for(loop.sock_connect(connection, address), _ATTEMPT_S)
+            except asyncio.TimeoutError:
+                met = met or "no answer"
+            except OSError as error:
+                if error.errno not in _BLOCKED:
+                    return None
+                met = met or os.strerror(error.errno)
+            else:
+                return None
+    return met
