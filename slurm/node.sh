@@ -142,14 +142,17 @@ serve() {
   exit "$status"
 }
 
-# Run the router, and start it again when it dies. It need not keep the servers: every refit of the trainer names them.
+# Run the router, and start it again when it dies, three times in a row; half an hour of work ends a row. It need not keep
+# the servers: every refit of the trainer names them.
 route() {
-  local restarts=3
+  local restarts=3 began=$SECONDS status=0
   until "$@"; do
+    status=$?
     [ -z "$IS_TERMINATED" ] || exit 0
-    [ "$restarts" -gt 0 ] || exit 1
+    [ $((SECONDS - began)) -lt "${STEADY_S:-1800}" ] || restarts=3
+    [ "$restarts" -gt 0 ] || exit "$status"
     echo "node.sh: the router ended; starting it again ($restarts more times)" >&2
-    restarts=$((restarts - 1))
+    restarts=$((restarts - 1)) began=$SECONDS
   done
 }
 

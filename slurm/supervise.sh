@@ -102,9 +102,18 @@ notice_ended_servers() {
     WANTS_STOP="rollout on $node was told to end"
   else
     FAILURE="rollout on $node ended with status $status; see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
-    [ "$status" != 69 ] || FAILURE_MAY_PASS=1
+    note_whether_it_may_pass "$status"
     ask_trainer_to_stop "$FAILURE"
   fi
+}
+
+# note_whether_it_may_pass STATUS: servers or a router that end so were lost, unless they refused their input or have a bug
+# (docs/exit_statuses.md).
+note_whether_it_may_pass() {
+  case $1 in
+    2 | 65 | 70) ;;
+    *) FAILURE_MAY_PASS=1 ;;
+  esac
 }
 
 role_ended() {
@@ -119,7 +128,7 @@ role_ended() {
       return
     fi
     FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
-    [ "$status" -le 128 ] || FAILURE_MAY_PASS=1
+    note_whether_it_may_pass "$status"
     ask_trainer_to_stop "$FAILURE"
   elif [ -f "$DYPO_LOGS/stopped" ] && { [ "$status" = 0 ] || [ -n "$STOP_AT$WANTS_STOP" ]; }; then
     conclude # with another status, srun told a node to stop because another one had failed

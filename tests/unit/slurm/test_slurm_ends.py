@@ -260,6 +260,18 @@ def test_a_job_that_lost_its_servers_is_requeued_if_it_got_further(job, servers,
     assert any(line.startswith(f"dypo: {'' if is_requeued else 'error: '}{last}") for line in said.splitlines())
 
 
+@pytest.mark.parametrize(("status", "is_requeued"), [(1, True), (137, True), (65, False), (2, False), (70, False)])
+def test_a_job_that_lost_its_router_is_requeued_if_it_got_further(job, status, is_requeued):
+    end(job, "node1", "75 3 stopped: asked")
+    lost = f"(exit {status}) & PID[router]=$!; role_ended router; touch $DYPO_LOGS/stopped"
+    code, said = job(
+        f"{STARTS_AGAIN}ask_trainer_to_stop() {{ :; }}; reach 5; {lost}; (exit 0) & PID[trainer]=$!; role_ended trainer"
+    )
+    assert ("scontrol requeue 12" in said) is is_requeued
+    assert f"router ended with status {status}" in said
+    assert code == (0 if is_requeued else 1)
+
+
 def test_the_statuses_of_a_lost_trainer_are_those_whose_cause_says_that_it_may_be_started_again():
     (cases,) = re.findall(r"case \$said in\s+([\d |]+)\)", (REPOSITORY / "slurm" / "supervise.sh").read_text())
     assert {int(status) for status in cases.split("|")} - {0, 75, 143} == {c.status for c in Cause if c.restart}

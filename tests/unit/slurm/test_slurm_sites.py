@@ -202,3 +202,16 @@ def test_a_role_that_slurm_tells_to_end_leaves_its_marks(
     assert status == (77 if "77" in program else 0)
     found = {str(path.relative_to(job.logs)): path.read_text() for path in job.logs.rglob("*") if path.is_file()}
     assert found == marks
+
+
+@pytest.mark.parametrize(("steady_s", "starts"), [("1800", 4), ("0", 6)])
+def test_a_router_is_started_again_three_times_in_a_row(tmp_path: Path, steady_s: str, starts: int) -> None:
+    """It ends with 9 up to its sixth start, which ends with 0."""
+    count = tmp_path / "starts"
+    script = f"echo >>{count}; [ $(wc -l <{count}) -ge 6 ] || exit 9"
+    settings = {"TMPDIR": str(tmp_path), "SLURMD_NODENAME": "node1", "STEADY_S": steady_s}
+    done = subprocess.run(
+        [NODE, "router", "bash", "-c", script], env={**os.environ, **settings}, timeout=60, check=False
+    )
+    assert len(count.read_text().splitlines()) == starts
+    assert done.returncode == (0 if starts == 6 else 9)
