@@ -52,7 +52,7 @@ run_cell() { # leaves the status of the command in $status
 # site gives a grace time, SIGTERM also comes before a preemption: then the job is still running.
 is_cancelled=0
 trap 'kill -USR1 "$cell" 2>/dev/null || true' USR1
-trap '[ "$(job_state)" = RUNNING ] || is_cancelled=1; kill -USR1 "$cell" 2>/dev/null || true' TERM
+trap 'case $(job_state) in RUNNING | "") ;; *) is_cancelled=1 ;; esac; kill -USR1 "$cell" 2>/dev/null || true' TERM
 run_cell
 if [ "$status" = 73 ]; then
   # A task that was killed on another node may have left a lock. It is free after 3 minutes without a sign of life.

@@ -6,9 +6,12 @@ WANTS_STOP=''
 trap 'WANTS_STOP="the time limit is near, or the job is preempted"' USR1 # set early: without a trap the signal kills bash
 
 # SIGTERM comes when Slurm ends the job (scancel, the time limit). If the site gives a grace time, it also comes before a
-# preemption: then the job is still running.
+# preemption: then the job is still running. Where Slurm is too busy to say so, it is taken to be.
 terminated() {
-  [ "$(job_state)" = RUNNING ] || exit 143
+  case $(job_state) in
+    RUNNING | '') ;;
+    *) exit 143 ;;
+  esac
   WANTS_STOP='the time limit is near, or the job is preempted'
 }
 
@@ -16,9 +19,11 @@ TRAINER_STARTS=0      # how often this attempt has started its trainer
 STARTS_AT_CHECKPOINT=0 # … since the run's last checkpoint changed
 LAST_CHECKPOINT=''
 FIRST_CHECKPOINT='' # the run's last checkpoint when this attempt began
+FAILED_NODE=''      # rollout node that failed
 FAILURE_MAY_PASS='' # set if the servers that failed were lost, and did not refuse their input
 
-job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }
+# Print the job's state; of a heterogeneous job, that of its first component. Print nothing if Slurm does not answer.
+job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null | sed -n 1p || true; }
 
 # Every node checks itself first. If some are bad, the job goes back to the queue, to run on other nodes.
 check_nodes() {
@@ -42,7 +47,7 @@ check_nodes() {
   local node
   for node in "${bad[@]}"; do
     say "bad node $node: $(cat "$DYPO_LOGS/bad/$node")"
-    echo "$(date -u +%FT%TZ) $JOB.$ATTEMPT $node $(cat "$DYPO_LOGS/bad/$node")" >>"$LOG_ROOT/bad_nodes.txt"
+    note_bad_node "$node" "$(cat "$DYPO_LOGS/bad/$node")"
   done
   [ "${#bad[@]}" -lt "${#NODES[@]}" ] || fail "preflight: all nodes are bad; ${bad[0]}: $(cat "$DYPO_LOGS/bad/${bad[0]}")"
   requeue "without $(join , "${bad[@]}")" "${bad[@]}"
@@ -66,14 +71,15 @@ unmarked_nodes() {
 supervise() {
   trap stop_roles EXIT
   local role
+  # The trainer comes last: if servers have ended as well, that is why it did.
   while true; do
     [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "$WANTS_STOP"
     sleep 1 &
     wait $! || true
-    for role in "${!PID[@]}"; do
-      kill -0 "${PID[$role]}" 2>/dev/null || role_ended "$role"
-    done
     notice_ended_servers
+    for role in router rollout trainer; do
+      [ -z "${PID[$role]:-}" ] || kill -0 "${PID[$role]}" 2>/dev/null || role_ended "$role"
+    done
     if [ -n "$STOP_AT" ] && [ $((SECONDS % 20)) = 0 ]; then
       kill -USR1 "${PID[trainer]}" || true # sent again for a rank that had not yet started the first time
     fi
@@ -95,13 +101,14 @@ ask_trainer_to_stop() {
 # told them to end by a SIGTERM to all steps. Nor is any status while the trainer is stopping.
 notice_ended_servers() {
   local node status
-  node=$(find "$DYPO_LOGS/ended" -type f -printf '%f\n' -quit)
+  node=$(find "$DYPO_LOGS/ended" -type f -size +0 -printf '%f\n' -quit) # an empty one is being written
   [ -n "$node" ] && [ -z "${FAILURE:-}$STOP_AT$WANTS_STOP" ] || return 0
   status=$(cat "$DYPO_LOGS/ended/$node")
   if [ "$status" = 0 ]; then
     WANTS_STOP="rollout on $node was told to end"
   else
     FAILURE="rollout on $node ended with status $status; see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
+    FAILED_NODE=$node
     note_whether_it_may_pass "$status"
     ask_trainer_to_stop "$FAILURE"
   fi
@@ -152,14 +159,17 @@ role_ended() {
 restart_trainer() {
   local status=$1 end=$2 node lost=() spare=() train=()
   mapfile -t lost < <(lost_nodes "${TRAIN[@]}")
-  [ -z "$STOP_AT$WANTS_STOP" ] || fail "$end"
   was_lost "$status" "${#lost[@]}" || fail "$end"
+  if [ -n "$STOP_AT$WANTS_STOP" ]; then # it was lost while it saved
+    say "$end"
+    conclude
+  fi
   mapfile -t spare < <(well_nodes "${SPARE[@]}")
   if [ "${#lost[@]}" -gt "${#spare[@]}" ]; then
     say "$end"
     requeue "without $(join , "${lost[@]}")" "${lost[@]}"
   fi
-  [ "$(last_checkpoint)" = "$LAST_CHECKPOINT" ] || STARTS_AT_CHECKPOINT=0
+  ! got_further "$LAST_CHECKPOINT" || STARTS_AT_CHECKPOINT=0
   [ "$STARTS_AT_CHECKPOINT" -le "$MAX_RESTARTS" ] \
     || fail "$end; started $STARTS_AT_CHECKPOINT times since the run's last checkpoint, more than 1 + MAX_RESTARTS=$MAX_RESTARTS"
   for node in "${TRAIN[@]}"; do
@@ -175,6 +185,7 @@ restart_trainer() {
   say "the trainer starts again in place"
   mv "$DYPO_LOGS/ends" "$DYPO_LOGS/ends.$TRAINER_STARTS"
   mkdir "$DYPO_LOGS/ends"
+  rm -f "$DYPO_LOGS/stopped" # of a node that srun told to end because another one had
   export DYPO_TRAIN_NODES="${TRAIN[*]}"
   start_trainer
 }
@@ -184,6 +195,13 @@ count_start() {
   TRAINER_STARTS=$((TRAINER_STARTS + 1)) STARTS_AT_CHECKPOINT=$((STARTS_AT_CHECKPOINT + 1))
   LAST_CHECKPOINT=$(last_checkpoint)
   [ "$TRAINER_STARTS" -gt 1 ] || FIRST_CHECKPOINT=$LAST_CHECKPOINT
+}
+
+# got_further STEP: tell whether the run has a later checkpoint than that of STEP, which may be empty.
+got_further() {
+  local now
+  now=$(last_checkpoint)
+  [[ $now =~ ^[0-9]+$ ]] && { [[ ! $1 =~ ^[0-9]+$ ]] || [ "$((10#$now))" -gt "$((10#$1))" ]; }
 }
 
 # Print the step of the run's last checkpoint.
@@ -216,19 +234,31 @@ lost_nodes() {
 well_nodes() { comm -23 <(printf '%s\n' "$@" | sort) <(lost_nodes "$@" | sort) | grep . || true; }
 
 # end_without_servers WORDS: servers have failed, and the trainer has ended. If servers were lost and this attempt got further,
-# the job is requeued: the next preflight leaves out nodes that it finds bad. Else the next attempt would fail alike.
+# the job is requeued; without the node if the attempt before lost its servers on the same one. Else the next attempt would
+# fail alike.
 end_without_servers() {
   [ -n "$FAILURE_MAY_PASS" ] || fail "$1; submit again to resume"
-  [ "$(last_checkpoint)" != "$FIRST_CHECKPOINT" ] || fail "$1; submit again to resume"
+  got_further "$FIRST_CHECKPOINT" || fail "$1; submit again to resume"
   say "$1"
   stop_roles
+  echo "$FAILED_NODE" >"$DYPO_LOGS/lost_servers"
+  if [ -n "$FAILED_NODE" ] && [ "$(cat "$(attempt_before)/lost_servers" 2>/dev/null)" = "$FAILED_NODE" ]; then
+    note_bad_node "$FAILED_NODE" "its servers were lost in two attempts in a row"
+    requeue "without $FAILED_NODE" "$FAILED_NODE"
+  fi
   requeue "to go on from the last checkpoint"
 }
 
-# The trainer has stopped on request, or its time is over: requeue the job, unless a role failed.
+# Print the log folder of the attempt before this one.
+attempt_before() { echo "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$((ATTEMPT - 1))"; }
+
+# note_bad_node NODE WORDS: add a line to the list of bad nodes.
+note_bad_node() { echo "$(date -u +%FT%TZ) $JOB.$ATTEMPT $1 $2" >>"$LOG_ROOT/bad_nodes.txt"; }
+
+# The trainer has stopped on request, or its time is over: requeue the job, unless servers failed in a way that stays.
 conclude() {
   [ -z "${FAILURE:-}" ] || end_without_servers "$FAILURE"
-  if made_no_step "$DYPO_LOGS" && made_no_step "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$((ATTEMPT - 1))"; then
+  if made_no_step "$DYPO_LOGS" && made_no_step "$(attempt_before)"; then
     fail "two attempts in a row ended before they made a step, this one after $SECONDS s: the job needs a longer --time"
   fi
   stop_roles
@@ -288,7 +318,9 @@ trainer_end() {
 }
 
 # Tell whether the trainer of the attempt with the given folder said that it made no optimizer step.
-made_no_step() { [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1/ends"/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1/ends"/*; }
+made_no_step() {
+  [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1"/ends*/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1"/ends*/*
+}
 
 # Print the first line of a role's log that looks like a reason; the log's name is given without its ending. A line that
 # quotes another log is completed by the last line of the quotation that names an error.

@@ -100,9 +100,15 @@ def test_two_attempts_in_a_row_without_a_step_are_enough(job):
     assert "two attempts in a row ended before they made a step" in said
 
 
-@pytest.mark.parametrize(("state", "answer"), [("RUNNING", "stop\n"), ("COMPLETING", "")])
+@pytest.mark.parametrize(
+    ("state", "answer"),
+    [("RUNNING", "stop\n"), ("RUNNING\nPENDING", "stop\n"), (" ", "stop\n"), ("COMPLETING\nCOMPLETING", "")],
+    ids=["running", "of two components", "Slurm does not answer", "cancelled"],
+)
 def test_a_termination_of_a_job_that_still_runs_asks_the_trainer_to_stop(job, state, answer):
-    code, said = job('terminated; [ -n "$WANTS_STOP" ] && echo stop', STATE=state)
+    code, said = job(
+        'squeue() { [ "$STATE" = " " ] || echo "$STATE"; }; terminated; echo ${WANTS_STOP:+stop}', STATE=state
+    )
     assert said == answer
     assert code == (0 if answer else 143)
 
@@ -260,6 +266,30 @@ def test_a_job_that_lost_its_servers_is_requeued_if_it_got_further(job, servers,
     assert any(line.startswith(f"dypo: {'' if is_requeued else 'error: '}{last}") for line in said.splitlines())
 
 
+def test_a_node_that_lost_its_servers_in_two_attempts_in_a_row_is_left_out(job):
+    (job.logs / "ended" / "node3").write_text("69\n")
+    lose = "ask_trainer_to_stop() { :; }; reach 5; notice_ended_servers; conclude"
+    earlier = job.logs.with_name("12.0")
+    earlier.mkdir()
+    for node in ("node4", "node3"):
+        code, said = job(f"{STARTS_AGAIN}{lose}")
+        assert code == 0
+        assert "requeued to go on from the last checkpoint" in said
+        assert "ExcNodeList" not in said
+        (earlier / "lost_servers").write_text(f"{node}\n")
+        (job.logs.parents[1] / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    code, said = job(f"{STARTS_AGAIN}{lose}")
+    assert code == 0
+    assert "requeued without node3" in said
+    assert "ExcNodeList=node3" in said
+    assert "node3 its servers were lost in two attempts" in (job.logs.parents[1] / "bad_nodes.txt").read_text()
+
+
+def test_a_mark_of_servers_that_is_being_written_is_not_read(job):
+    (job.logs / "ended" / "node3").touch()
+    assert job("notice_ended_servers; echo ${FAILURE:-none}")[1] == "none\n"
+
+
 @pytest.mark.parametrize(("status", "is_requeued"), [(1, True), (137, True), (65, False), (2, False), (70, False)])
 def test_a_job_that_lost_its_router_is_requeued_if_it_got_further(job, status, is_requeued):
     end(job, "node1", "75 3 stopped: asked")
@@ -286,6 +316,45 @@ def test_starts_without_a_new_checkpoint_are_limited_and_a_checkpoint_begins_a_n
     assert said.endswith(
         "dypo: error: lost; started 3 times since the run's last checkpoint, more than 1 + MAX_RESTARTS=2\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "count"), [("400", "300", 2), ("400", "x", 2), ("300", "400", 1), ("", "2", 1)]
+)
+def test_only_a_later_checkpoint_counts_as_progress(job, before, after, count):
+    """A damaged newest checkpoint moves the tracker back."""
+    end(job, "node1", "77 3 rank_lost: rank 3 was killed by SIGKILL")
+    script = STARTS_AGAIN.replace("\nstart_trainer\n", f"\nreach '{before}'\nstart_trainer\n")
+    assert job(f"{script}reach '{after}'; restart_trainer 77 lost; echo $STARTS_AT_CHECKPOINT")[1].endswith(
+        f"{count}\n"
+    )
+
+
+def test_a_trainer_that_starts_again_forgets_that_an_earlier_start_was_told_to_stop(job):
+    """srun tells the other nodes to stop when one has failed; they leave the mark of a stop."""
+    end(job, "node1", "77 3 rank_lost: rank 3 was killed by SIGKILL")
+    end(job, "node2", "75 3 stopped: asked")
+    (job.logs / "stopped").touch()
+    assert job(f"{STARTS_AGAIN}restart_trainer 77 lost")[0] == 0
+    assert not (job.logs / "stopped").exists()
+
+
+@pytest.mark.parametrize(("line", "is_requeued"), [("77 3 rank_lost: rank 3 was killed", True), ("70 3 bug: x", False)])
+def test_a_trainer_that_is_lost_while_it_saves_is_requeued(job, line, is_requeued):
+    end(job, "node1", line)
+    code, said = job(f"{STARTS_AGAIN}STOP_AT=5; restart_trainer 77 'how it ended'")
+    assert ("scontrol requeue 12" in said) is is_requeued
+    assert "how it ended" in said
+    assert code == (0 if is_requeued else 1)
+
+
+def test_steps_of_earlier_starts_of_an_attempt_count(job):
+    end(job, "node1", "75 0 stopped: asked")
+    earlier = job.logs.with_name("12.0")
+    for folder, line in (("ends.1", "77 90 rank_lost: x"), ("ends", "75 0 stopped: asked")):
+        (earlier / folder).mkdir(parents=True)
+        (earlier / folder / "node1").write_text(line + "\n")
+    assert "scontrol requeue 12" in job("conclude")[1]
 
 
 def test_a_spare_node_trains_in_place_of_a_lost_one(job):
