@@ -56,7 +56,8 @@ class ServersConfig:
     """Name of the environment variable with the servers' API key. If it is unset, servers that the run starts get a
     random key."""
     start_deadline_s: float = 600.0
-    """Seconds within which a server must be ready after it is started."""
+    """Seconds within which all servers must be ready after the first start. The host of a given URL must answer within
+    a minute, if only by refusing a connection."""
     stop_grace_s: float = 20.0
     """Seconds that a server gets to end on its own before it is killed."""
     max_restarts: int = 3

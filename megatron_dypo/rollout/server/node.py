@@ -23,8 +23,8 @@ def keep_servers(
 ) -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
-    A server that dies is started again, up to ``rollout.servers.max_restarts`` times, with the weights of the model
-    folder. The trainer then brings it the current weights.
+    A server that dies is started again, up to ``rollout.servers.max_restarts`` times in a row, with the weights of the
+    model folder. The trainer then brings it the current weights.
 
     Args:
         first: number of this node's first server among the servers of all nodes; server ``i`` samples with seed +

@@ -7,24 +7,28 @@ or an answer of the network, was stopped by a firewall, or its host is down.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import socket
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+import aiohttp
+
 _ATTEMPT_S = 5.0
 _PAUSE_S = 1.0
 _AT_ONCE = 64
-_BLOCKED = {
-    errno.ETIMEDOUT,
-    errno.EHOSTUNREACH,  # also of a firewall that rejects
-    errno.ENETUNREACH,
-    errno.EHOSTDOWN,
-    errno.EACCES,
-    errno.EPERM,
-}
+_ANSWERS = (ConnectionRefusedError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+"""Errors that come from the host itself. Others come from the network, from the name server or from this host."""
+
+
+def is_answer_of_host(error: BaseException) -> bool:
+    """Return whether an error of a connection or of a request shows that the server's host lives."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    if isinstance(error, aiohttp.ClientError) and not isinstance(error, OSError):
+        return True  # what it sent is no answer of HTTP
+    return isinstance(error, (*_ANSWERS, aiohttp.ServerDisconnectedError))
 
 
 def find_unreachable(urls: Sequence[str], deadline_s: float) -> dict[str, str]:
@@ -58,19 +62,18 @@ async def _try(host: str, port: int) -> str | None:
     loop, met = asyncio.get_running_loop(), None
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:  # the name server may be busy
-        return str(error.strerror)
+    except socket.gaierror as error:
+        return f"no address: {error.strerror}"
     for family, *_, address in found:
-        with socket.socket(family) as connection:
-            connection.setblocking(False)
-            try:
+        try:
+            with socket.socket(family) as connection:
+                connection.setblocking(False)
                 await asyncio.wait_for(loop.sock_connect(connection, address), _ATTEMPT_S)
-            except asyncio.TimeoutError:
-                met = met or "no answer"
-            except OSError as error:
-                if error.errno not in _BLOCKED:
-                    return None
-                met = met or os.strerror(error.errno)
-            else:
                 return None
+        except asyncio.TimeoutError:
+            met = met or "no answer"
+        except OSError as error:
+            if is_answer_of_host(error):
+                return None
+            met = met or os.strerror(error.errno or 0)
     return met

@@ -151,26 +151,32 @@ class ServerPool:
             _log.info("starting %s at %s, log %s", process.name, url, process.log_path)
 
     def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
-        start = time.monotonic()
-        told = start
-        for url in self.urls:
-            while (status := http_status(f"{url}/health", self.api_key)) != 200:
-                self._check_start()
-                now, said = time.monotonic(), "no answer" if status is None else f"/health answers HTTP {status}"
-                if now - start > deadline_s:
-                    raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
-                if now - told > _TELL_EVERY_S:
-                    told = now
-                    _log.info("waiting for SGLang server %s for %.0f of %g s: %s", url, now - start, deadline_s, said)
-                time.sleep(HEALTH_EVERY_S)
-            status = http_status(f"{url}/model_info", self.api_key)
-            if status in (401, 403):
-                raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
-            if status not in (200, None):  # None: it has just died, which the first refit will notice
-                raise ValueError(f"{url}/model_info: HTTP {status}: this is not an SGLang server")
+        """Wait until all servers are healthy at once: one that was may end while another one starts."""
+        begin = told = time.monotonic()
+        has_waited = True
+        while has_waited:
+            has_waited = False
+            for url in self.urls:
+                while (status := http_status(f"{url}/health", self.api_key)) != 200:
+                    has_waited = True
+                    self._check_start()
+                    now, said = time.monotonic(), "no answer" if status is None else f"/health answers HTTP {status}"
+                    if now - begin > deadline_s:
+                        raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
+                    if now - told > _TELL_EVERY_S:
+                        told, waited_s = now, now - begin
+                        _log.info("waiting for SGLang server %s for %.0f of %g s: %s", url, waited_s, deadline_s, said)
+                    time.sleep(HEALTH_EVERY_S)
+                if not self._processes:
+                    _require_sglang(url, self.api_key, key_name)
+                self._forget_key(url)
+
+    def _forget_key(self, url: str) -> None:
+        """Remove the key of a server that has read it. One that starts again gets a new file."""
         for process in self._processes:
-            assert self.api_key is not None
-            process.forget_key(self.api_key)
+            if process.url == url:
+                assert self.api_key is not None
+                process.forget_key(self.api_key)
 
     def _check_start(self) -> None:
         self.check()
@@ -199,8 +205,7 @@ class ServerPool:
         """Return whether a restarted server is up; if so, remove its key from the disk."""
         if http_status(f"{process.url}/health", self.api_key) != 200:
             return False
-        assert self.api_key is not None
-        process.forget_key(self.api_key)
+        self._forget_key(process.url)
         return True
 
 
@@ -226,7 +231,7 @@ def start_servers(
         temperature: temperature of training rollouts. If it is not 1, servers given by URL are tested: their log-probs
             must be those of temperature 1.
         returns_routes: servers given by URL must be able to return the experts that they choose.
-        have_worked: servers of this config have served before, so that one which ends while it starts was hit by
+        have_worked: the run has got further with its servers before, so that one which ends while it starts was hit by
             something else: it is started again, up to ``cfg.max_restarts`` times. Otherwise it cannot start.
 
     Raises:
@@ -276,8 +281,17 @@ def _require_reachable(cfg: ServersConfig) -> None:
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     raise NotHealthyError(
         f"rollout.servers.urls: {url}{more}: {platform.node()} could not connect for {seconds:g} s ({met}). A host "
-        "refuses connections while its server starts, so the host is down, or a firewall stops connections to this port"
+        "that lives refuses connections while its server starts: this one is down, or a firewall stops them"
     )
+
+
+def _require_sglang(url: str, api_key: str | None, key_name: str) -> None:
+    """Require that a given URL is that of a server which accepts the key."""
+    status = http_status(f"{url}/model_info", api_key)
+    if status in (401, 403):
+        raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
+    if status not in (200, None):  # None: it has just died, which the first refit will notice
+        raise ValueError(f"{url}/model_info: HTTP {status}: this is not an SGLang server")
 
 
 def _require_untempered(pool: ServerPool, temperature: float) -> None:

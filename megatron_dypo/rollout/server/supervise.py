@@ -68,11 +68,12 @@ class Supervised:
 
     def look_after(self) -> None:
         """Start the server again each time it ends, until it is given up or :meth:`leave_alone` is called."""
+        num_seen = 0
         while not self._is_over.is_set() and self._given_up is None:
-            num_starts = self._num_starts
             self.process.wait()
             self.notice()
-            if self._num_starts > num_starts:
+            if self._num_starts > num_seen:
+                num_seen = self._num_starts
                 self._await_health()
 
     def leave_alone(self) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
 
+from megatron_dypo.rollout.server.reach import is_answer_of_host
+
 EVERY_S = 10.0
 """Seconds between two questions to a server; it is also the longest wait for an answer."""
 SILENCE_S = 30.0
@@ -100,6 +102,6 @@ async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
             await response.release()
     except asyncio.TimeoutError:
         return False
-    except (aiohttp.ClientError, OSError):
-        return True
+    except (aiohttp.ClientError, OSError) as error:
+        return is_answer_of_host(error)
     return True

@@ -110,7 +110,7 @@ def test_a_server_that_cannot_start_ends_the_node_with_the_end_of_its_log(node) 
 
 
 def test_a_server_of_a_run_with_a_checkpoint_may_end_while_it_starts(node, tmp_path: Path) -> None:
-    step = tmp_path / "run/checkpoints/step_0000002"
+    step = tmp_path / "run/checkpoints/step_000002"
     step.mkdir(parents=True)
     (step / "trainer_state.json").write_text("{}")
     (step.parent / "latest_checkpointed_iteration.txt").write_text("2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import signal
@@ -12,10 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 
 from megatron_dypo.rollout.server.process import ServerProcess
+from megatron_dypo.rollout.server.reach import is_answer_of_host
 from megatron_dypo.rollout.server.watch import ServerWatch
 from tests.support.fake_sglang import wait_until
 from tests.support.present import present
@@ -105,3 +109,18 @@ def test_a_stopped_process_behind_a_server_that_answers_is_named(tmp_path: Path)
         for now in (1e9 + 10, 1e9 + 40):
             watch.judge([True], now, {"http://a": "process 4711 (sglang::scheduler)"})
     assert said == ["stall: the server http://a has stood still for 40 s: process 4711 (sglang::scheduler) is stopped"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_answer"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), True),
+        (OSError(errno.EHOSTUNREACH, "no route"), False),
+        (socket.gaierror(socket.EAI_NONAME, "unknown"), False),
+    ],
+)
+def test_an_answer_of_the_network_is_none_of_the_server(error: OSError, is_answer: bool) -> None:
+    key = ConnectionKey("node3", 30000, False, True, None, None, None)
+    assert is_answer_of_host(aiohttp.ClientConnectorError(key, error)) is is_answer
+    assert is_answer_of_host(aiohttp.ServerDisconnectedError())
+    assert is_answer_of_host(aiohttp.ClientPayloadError("cut short"))

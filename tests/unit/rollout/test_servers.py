@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.rollout.server import servers
 from megatron_dypo.rollout.server.probe import http_status
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
@@ -100,6 +101,36 @@ def test_servers_that_have_worked_before_are_started_again_if_they_end_while_the
         assert len(list((tmp_path / "logs").glob("died-*"))) == 2
         assert pool.take_lost() == {}
     assert alive(tmp_path) == []
+
+
+def test_a_part_of_a_server_on_several_nodes_only_tells_its_health(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", "part")
+    with start_pool(python, tmp_path) as pool:
+        assert http_status(f"{pool.urls[0]}/model_info", pool.api_key) == 404
+
+
+def test_a_server_that_ends_while_another_one_starts_reads_its_key_again(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", "second-waits")
+    killed: list[str] = []
+
+    def kill_once(url: str, key: str | None) -> int | None:
+        status = http_status(url, key)
+        if status == 200 and not killed:
+            killed.append(url)
+            kill(tmp_path, url.removesuffix("/health"))
+            (tmp_path / "logs/go").touch()
+        return status
+
+    monkeypatch.setattr(servers, "http_status", kill_once)
+    with start_pool(python, tmp_path, per_node=2, have_worked=True) as pool:
+        assert [http_status(f"{url}/model_info", pool.api_key) for url in pool.urls] == [200, 200]
+        assert killed == [f"{pool.urls[0]}/health"]
+        assert (tmp_path / "logs/sglang_0.log").read_text().count("server_args") == 2
+        assert pool.take_lost() == {}
 
 
 @pytest.mark.parametrize(("dies", "number"), [("dies", 0), ("second-dies", 1)])

@@ -39,22 +39,36 @@ def test_a_server_that_cannot_be_started_again_has_died_once_more(ended: ServerP
 
 @pytest.mark.parametrize(("is_healthy", "num_starts"), [(True, 5), (False, 2)])
 def test_a_server_that_has_served_for_long_may_be_started_again_as_often_as_at_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_healthy: bool, num_starts: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_healthy: bool,
+    num_starts: int,
 ) -> None:
-    monkeypatch.setattr(supervise, "_STEADY_S", 600.0)
+    caplog.set_level("INFO")
     process = ServerProcess("server", "http://127.0.0.1:9", tmp_path / "server.log", grace_s=0.1)
     starts: list[int] = []
 
     def start() -> None:
         starts.append(1)
+        # After the second and the third start it serves for long: each time a new row of two begins.
         monkeypatch.setattr(supervise, "_STEADY_S", -1.0 if len(starts) in (2, 3) else 600.0)
-        process.start([sys.executable, "-c", "import time; time.sleep(1); raise SystemExit(3)"], {}, "key")
+        wait = f"import os, time\nwhile not os.path.exists({str(end_of(len(starts)))!r}): time.sleep(0.05)"
+        process.start([sys.executable, "-c", f"{wait}\nraise SystemExit(3)"], {}, "key")
 
+    def end_of(number: int) -> Path:
+        return tmp_path / f"end-{number}"
+
+    def has_ended_for_good() -> bool:
+        if not is_healthy or caplog.text.count("runs again") == len(starts):
+            end_of(len(starts)).touch()
+        return supervisor.servers[0].given_up is not None
+
+    end_of(0).touch()
     process.start([sys.executable, "-c", "raise SystemExit(3)"], {}, "key")
     supervisor = Supervisor([Supervised(process, start, lambda: is_healthy, restarts=2, deadline_s=60.0)])
-    wait_until(lambda: supervisor.servers[0].given_up is not None, "it is given up")
+    wait_until(has_ended_for_good, "it is given up", 60)
     supervisor.stop()
-    # After the second and the third start it serves for long: each time a new row of two begins.
     assert len(starts) == num_starts
 
 
