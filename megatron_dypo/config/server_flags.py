@@ -35,6 +35,9 @@ ROUTES_FLAG = "--enable-return-routed-experts"
 ROUTES_SETTING = "enable_return_routed_experts"
 """Its name in the answer to ``/server_info``."""
 
+SEEDS_SETTING = "enable_deterministic_inference"
+"""Name, in the same answer, of the setting with which a server samples each request with the seed that it names."""
+
 ATTENTION_COPIES = ("--attn-dp-size", "--attention-data-parallel-size")
 """Names of the flag for the number of copies of attention (attention data parallelism)."""
 REPLICAS = ("--dp-size", "--data-parallel-size")

@@ -65,6 +65,7 @@ class SGLangClient(HttpClient):
         vocab_size: a response with a token id at or above it is refused. None: no limit.
         routes: sizes of the choice of experts that training samples bring (``objective.replay: rollout``); None: they
             bring none.
+        run_seed: the run's seed, if the servers honour seeds: rollouts then get seeds that follow from it.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class SGLangClient(HttpClient):
         backoff_s: float = 0.5,
         vocab_size: int | None = None,
         routes: RouteShape | None = None,
+        run_seed: int | None = None,
     ) -> None:
         super().__init__(urls if router is None else [router], api_key, cfg=cfg, backoff_s=backoff_s)
         self._cfg, self.decode, self._check = cfg, decode, check
         self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
-        self._router, self._routes = router, routes
+        self._router, self._routes, self._run_seed = router, routes, run_seed
         self._writing = threading.Lock()
         self.use_servers(urls)
 
@@ -125,6 +127,7 @@ class SGLangClient(HttpClient):
         """Return the configured sampling with ``n`` rollouts per prompt and an evaluation's own values.
 
         Args:
+            seed: seed of the only rollout (``n`` is 1).
             with_routes: ask for the choice of experts, if the client was given its sizes.
         """
         return Sampling(
@@ -134,7 +137,8 @@ class SGLangClient(HttpClient):
             top_p=self._cfg.top_p,
             top_k=self._cfg.top_k,
             stop_token_ids=self._stop_token_ids,
-            seed=seed,
+            seeds=() if seed is None else (seed,),
+            run_seed=self._run_seed,
             routes=self._routes if with_routes else None,
         )
 

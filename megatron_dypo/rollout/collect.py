@@ -153,7 +153,7 @@ def _stats(
 
 
 def _seeded(sampling: Sampling, prompt: Prompt, seed_of: Callable[[Prompt], int] | None) -> Sampling:
-    return sampling if seed_of is None else replace(sampling, seed=seed_of(prompt))
+    return sampling if seed_of is None else replace(sampling, seeds=(seed_of(prompt),))
 
 
 async def _collect(

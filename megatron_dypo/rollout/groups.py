@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.plan import GroupPart, GroupPlan
-from megatron_dypo.rollout.sampling import Sampling
+from megatron_dypo.rollout.sampling import Sampling, group_seeds
 from megatron_dypo.types import Prompt, Rollout, RolloutGroup, Tokens, Verdict
 
 T = TypeVar("T")
@@ -41,12 +42,17 @@ async def sample_group(
         GroupDroppedError, NoServerError: :meth:`SGLangClient.generate` raised it for one of the parts.
     """
     if planner is None:
-        return RolloutGroup(prompt=prompt, rollouts=await client.generate(prompt.tokens, sampling))
+        seeded = _seeded(sampling, prompt, range(sampling.n))
+        return RolloutGroup(prompt=prompt, rollouts=await client.generate(prompt.tokens, seeded))
     plan, rollouts, verdicts = planner.plan(prompt), list[Rollout](), list[Verdict]()
     parts = plan.first
     while parts:
         version = max((rollout.policy_version for rollout in rollouts), default=None)
-        asked = await _together(_sample_part(client, prompt, sampling, part, version) for part in parts)
+        ends = itertools.accumulate((part.count for part in parts), initial=len(rollouts))
+        asked = await _together(
+            _sample_part(client, prompt, _seeded(sampling, prompt, range(begin, begin + part.count)), part, version)
+            for part, begin in zip(parts, ends, strict=False)
+        )
         sampled = [rollout for part in asked for rollout in part]
         rollouts += sampled
         if plan.then is None:
@@ -56,6 +62,13 @@ async def sample_group(
         # A group with a rollout without a verdict will be dropped: do not sample more of it.
         parts = () if any(verdict.error is not None for verdict in verdicts) else plan.then(verdicts)
     return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts), verdicts=tuple(verdicts))
+
+
+def _seeded(sampling: Sampling, prompt: Prompt, places: range) -> Sampling:
+    """Return the sampling of the rollouts at ``places`` of a group."""
+    if sampling.run_seed is None or sampling.seeds:
+        return sampling
+    return replace(sampling, seeds=group_seeds(sampling.run_seed, prompt.order, places))
 
 
 async def _together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,10 @@ class Sampling:
     top_p: float
     top_k: int
     stop_token_ids: tuple[int, ...]
-    seed: int | None = None
-    """Seed of the only rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
+    seeds: tuple[int, ...] = ()
+    """Seed of each rollout, for servers with ``--enable-deterministic-inference``; (): none is sent."""
+    run_seed: int | None = None
+    """The run's seed: groups get :attr:`seeds` that follow from it (:func:`group_seeds`). None: they get none."""
     routes: RouteShape | None = None
     """The answer brings the server's choice of experts, of these sizes; None: it brings none."""
 
@@ -35,19 +39,36 @@ class Sampling:
         return _BYTES_PER_ANSWER + self.n * per_rollout
 
 
+def group_seeds(run_seed: int, draw: int, places: Sequence[int]) -> tuple[int, ...]:
+    """Return the seeds of the rollouts at ``places`` of a draw's group: the same ones when the draw is made again."""
+    keys = (f"{run_seed} {draw} {place}".encode() for place in places)
+    return tuple(int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1 for key in keys)
+
+
 def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
-    """Return the body of one request for a whole group. SGLang then computes the prompt once for all ``n`` samples."""
+    """Return the body of one request for a whole group. SGLang then computes the prompt once for all ``n`` samples.
+
+    With seeds it is a batch of ``n`` requests: a server that honours seeds gives all samples of one request the same
+    seed, so they would be the same response.
+    """
+    ids = prompt_tokens.tolist()
+    shared = {
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    if len(sampling.seeds) > 1:
+        asked: dict[str, Any] = {
+            "input_ids": [ids] * sampling.n,
+            "sampling_params": [{"n": 1, **shared, "sampling_seed": seed} for seed in sampling.seeds],
+        }
+    else:
+        seed = {"sampling_seed": sampling.seeds[0]} if sampling.seeds else {}
+        asked = {"input_ids": ids, "sampling_params": {"n": sampling.n, **shared, **seed}}
     return {
-        "input_ids": prompt_tokens.tolist(),
-        "sampling_params": {
-            "n": sampling.n,
-            "temperature": sampling.temperature,
-            "max_new_tokens": sampling.max_new_tokens,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            **({} if sampling.seed is None else {"sampling_seed": sampling.seed}),
-        },
+        **asked,
         "return_logprob": True,
         "logprob_start_len": -1,  # no log-probs of the prompt
         **({} if sampling.routes is None else {"return_routed_experts": True}),

@@ -46,10 +46,17 @@ def pool(sglang_servers: Any, model_path: Path) -> ServerPool:
     return sglang_servers(model_path, max_restarts=0)
 
 
-def make_client(pool: ServerPool, **fields: Any) -> SGLangClient:
+def make_client(pool: ServerPool, run_seed: int | None = None, **fields: Any) -> SGLangClient:
     cfg = RolloutConfig(**{"max_new_tokens": 24, "request_deadline_s": 120.0, **fields})
     return SGLangClient(
-        pool.urls, pool.api_key, cfg=cfg, decode=str, stop_token_ids=STOP_IDS, check=pool.check, backoff_s=0.1
+        pool.urls,
+        pool.api_key,
+        cfg=cfg,
+        decode=str,
+        stop_token_ids=STOP_IDS,
+        check=pool.check,
+        backoff_s=0.1,
+        run_seed=run_seed,
     )
 
 
@@ -118,6 +125,16 @@ def test_log_probs_are_those_of_transformers_at_temperature_1(
     for group in groups:
         for rollout, expected in zip(group.rollouts, logp_of_transformers(model_path, group), strict=True):
             np.testing.assert_allclose(rollout.logp, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_group_with_seeds_is_a_group_as_any_other(pool: ServerPool, model_path: Path) -> None:
+    """This server ignores them; it is asked in the same form as one that honours them."""
+    assert not pool.honours_seeds()
+    (group,), stats = collect(make_prompts(1), make_client(pool, run_seed=7), group_size=8, progress=False)
+    assert stats.rollouts == 8
+    assert len({tuple(rollout.tokens) for rollout in group.rollouts}) >= 7
+    for rollout, expected in zip(group.rollouts, logp_of_transformers(model_path, group), strict=True):
+        np.testing.assert_allclose(rollout.logp, expected.numpy(), rtol=0, atol=1e-4)
 
 
 def test_a_teachers_log_probs_are_those_of_transformers(pool: ServerPool, model_path: Path) -> None:

@@ -132,6 +132,10 @@ class FakeSGLang:
             return web.Response()
         if how == "hang":
             await self._released.wait()
+        if isinstance(body["sampling_params"], list):  # a batch: each rollout with its own seed
+            alone = zip(body["input_ids"], body["sampling_params"], strict=True)
+            each = [{**body, "input_ids": ids, "sampling_params": one} for ids, one in alone]
+            return web.json_response([sample(one, i, weight_version=self.version) for i, one in enumerate(each)])
         n = body["sampling_params"]["n"]
         # Requests with a seed are for one response each: the first of a prompt, the second, …
         is_seeded = "sampling_seed" in body["sampling_params"]

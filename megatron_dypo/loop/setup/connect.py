@@ -94,11 +94,14 @@ def connect(
         keeps_journal: whether finished groups are written down, if the config asks for it.
     """
     config, ranks, policy = base.config, base.ranks, base.policy
-    urls, api_key = ranks.of_leaders((pool.urls, pool.api_key) if pool else ((), None))[0]
+    urls, api_key, honour_seeds = ranks.of_leaders(
+        (pool.urls, pool.api_key, pool.honours_seeds()) if pool else ((), None, False)
+    )[0]
     requests: LeaderRequests | FollowerRequests = FollowerRequests()
     weights = open_weights(config, policy, base.restored) if keeps_journal else NoWeights()
     if isinstance(opened, OpenedLeader):
-        requests = _requests(base, opened, urls, api_key, pool, weights)
+        run_seed = config.run.seed if honour_seeds else None
+        requests = _requests(base, opened, urls, api_key, pool, weights, run_seed)
         base.stack.callback(requests.journal.close)
         base.stack.callback(requests.stream.stop)
     router = config.rollout.servers.router if ranks.is_global_leader else None
@@ -138,8 +141,9 @@ def _requests(
     api_key: str | None,
     pool: ServerPool | None,
     weights: Weights | NoWeights,
+    run_seed: int | None,
 ) -> LeaderRequests:
-    """Return a client and a rollout stream for the same servers."""
+    """Return a client and a rollout stream for the same servers. ``run_seed``: only if they honour seeds."""
     config, tokenizer, progress = base.config, opened.tokenizer, base.progress
 
     def decode(tokens: Tokens) -> str:
@@ -156,6 +160,7 @@ def _requests(
         router=config.rollout.servers.router,
         vocab_size=base.policy.arch.vocab_size,
         routes=route_shape(base.policy.arch) if config.objective.replay == "rollout" else None,
+        run_seed=run_seed,
     )
     trace_text = judged_trace_text(base.objective, decode, config.run.seed)
     journal = open_journal(config, base.ranks, weights, decode, opened.leader.inputs)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING
+from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING, SEEDS_SETTING
 from megatron_dypo.ending import Cause
 from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import (
@@ -98,6 +98,14 @@ class ServerPool:
         if self._supervisor is None:
             return self.urls_are_restarted
         return any(server.given_up is None for server in self._supervisor.servers)
+
+    def honours_seeds(self) -> bool:
+        """Return whether a server samples each request with the seed that it names."""
+        return any(
+            isinstance(info := request_json("GET", f"{url}/server_info", self.api_key)[1], dict)
+            and info.get(SEEDS_SETTING) is True
+            for url in self.urls
+        )
 
     def stop(self) -> None:
         """Stop started servers: SIGTERM, then SIGKILL to the process group after a grace period. Idempotent."""

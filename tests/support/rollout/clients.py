@@ -39,6 +39,7 @@ def make_client(
     router: str | None = None,
     api_key: str = "key",
     vocab_size: int | None = None,
+    run_seed: int | None = None,
     **fields: Any,
 ) -> SGLangClient:
     """Return a client of these servers with short waits; ``fields`` are those of ``RolloutConfig``."""
@@ -57,6 +58,7 @@ def make_client(
         router=router,
         backoff_s=0.02,
         vocab_size=vocab_size,
+        run_seed=run_seed,
     )
 
 

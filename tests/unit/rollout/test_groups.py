@@ -132,3 +132,34 @@ def test_a_mistake_in_a_plan_is_raised() -> None:
 
     with FakeSGLang() as fake, pytest.raises(ZeroDivisionError):
         sampled(fake, GroupPlan(first=(GroupPart(count=1),), then=then), lambda _: [verdict(1)])
+
+
+def test_servers_that_honour_seeds_get_another_one_for_each_rollout_and_the_same_ones_again() -> None:
+    """With one seed for a request such a server would give the same response ``n`` times."""
+    plan = GroupPlan(
+        first=(GroupPart(count=2), GroupPart(count=1, prefix=TRACE[:3])),
+        then=lambda verdicts: (GroupPart(count=3),) if len(verdicts) == 3 else (),
+    )
+
+    def seeds_of(run_seed: int, plan: GroupPlan | None) -> list[list[int]]:
+        with FakeSGLang() as fake:
+            groups, _ = collect(
+                make_prompts(2),
+                make_client([fake.url], run_seed=run_seed),
+                group_size=4,
+                planner=None if plan is None else planner(lambda _: plan, lambda group: [verdict(1.0)] * 3),
+                progress=False,
+            )
+            assert [len(group.rollouts) for group in groups] == ([4, 4] if plan is None else [6, 6])
+            asked = [body["sampling_params"] for body in fake.requests]
+        assert {one.get("n") for params in asked for one in (params if isinstance(params, list) else [params])} == {1}
+        return sorted([one["sampling_seed"] for one in (p if isinstance(p, list) else [p])] for p in asked)
+
+    whole, parts = seeds_of(7, None), seeds_of(7, plan)
+    assert [len(one) for one in whole] == [4, 4]
+    assert sorted(len(one) for one in parts) == [1, 1, 2, 2, 3, 3]
+    for found in (whole, parts):
+        flat = [seed for one in found for seed in one]
+        assert len(set(flat)) == len(flat)
+    assert seeds_of(7, None) == whole
+    assert seeds_of(8, None) != whole

@@ -329,6 +329,15 @@ def test_given_servers_must_be_able_to_return_their_experts(
                 start(returns_routes=True)
 
 
+@pytest.mark.parametrize(
+    "info", [{}, {"enable_deterministic_inference": False}, {"enable_deterministic_inference": True}]
+)
+def test_servers_tell_whether_they_honour_seeds(monkeypatch: pytest.MonkeyPatch, info: dict[str, bool]) -> None:
+    monkeypatch.setitem(fake_sglang._ABOUT, "/server_info", info)
+    with FakeSGLang() as fake:
+        assert ServerPool(["http://127.0.0.1:9", fake.url], "key").honours_seeds() is any(info.values())
+
+
 def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str, tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9 is not healthy after 0\.3 s"):
         start_pool(python, tmp_path, urls=("http://127.0.0.1:9",), start_deadline_s=0.3)
