@@ -34,11 +34,12 @@ class RunConfig:
     """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely, without warnings. A rank
     that waits for other ranks, or for rollouts that still arrive, does not count as hung. Long before, within three
     usual steps and a minute, a warning names a rank or a server that stalls."""
-    allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier"], ...] = ()
+    allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier", "version"], ...] = ()
     """Inputs that may differ from those of the run that is resumed; a warning then names each difference. ``data``: the
     prompt files, their content or order; positions in the data then mean other rows. ``seed``: ``run.seed``.
     ``tokenizer``: its files, template and stop ids. ``model``: config.json. ``reference``: the weights of a frozen
-    π_ref. ``verifier``: the section ``grading`` and the files of your own verifiers."""
+    π_ref. ``verifier``: the section ``grading`` and the files of your own verifiers. ``version``: of this
+    program."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")

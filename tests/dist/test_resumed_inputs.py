@@ -34,11 +34,14 @@ def rank_begin(path: str) -> None:
         save_checkpoint(run.checkpointer, run.progress)
 
 
-def rank_go_on(path: str, overrides: list[str]) -> str:
-    """Open the run of the checkpoint; return the error, if there is one."""
+def rank_go_on(path: str, overrides: list[str], version: str) -> str:
+    """Open the run of the checkpoint with this program, or as if it had another version; return the error, if there
+    is one."""
     from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.loop.setup import inputs
     from megatron_dypo.loop.setup.build import open_run
 
+    inputs.__dict__["__version__"] = version or inputs.__version__
     try:
         with open_run(load_config(path, overrides)):
             return ""
@@ -63,10 +66,10 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go_on(folder: Path, *overrides: str) -> str:
+def go_on(folder: Path, *overrides: str, version: str = "") -> str:
     with FakeSGLang() as server:
         servers = f"rollout.servers.urls=[{server.url}]"
-        (error,) = run_ranks(1, rank_go_on, str(folder / "config.yaml"), [servers, *overrides])
+        (error,) = run_ranks(1, rank_go_on, str(folder / "config.yaml"), [servers, *overrides], version)
     return str(error)
 
 
@@ -90,6 +93,12 @@ def another_tokenizer(folder: Path) -> Mapping[str, str]:
     vocabulary = content["model"]["vocab"]
     vocabulary["t5"], vocabulary["t6"] = vocabulary["t6"], vocabulary["t5"]
     file.write_text(json.dumps(content))
+    return {}
+
+
+def another_template(folder: Path) -> Mapping[str, str]:
+    file = folder / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages }}"}))
     return {}
 
 
@@ -118,6 +127,7 @@ def one_weight(folder: Path) -> Mapping[str, str]:
         ("seed", lambda _: {"run.seed": "7"}, "run.seed: 1 → 7"),
         ("tokenizer", another_tokenizer, 'tokenizer: tokenizer.json: "'),
         ("tokenizer", lambda _: {"rollout.stop_token_ids": "[129]"}, "ids that end a response: ["),
+        ("tokenizer", another_template, 'tokenizer: tokenizer_config.json: "'),
         ("model", another_rope, "→ 12345.0"),
         ("reference", one_weight, 'reference: model.safetensors: "'),
         ("verifier", lambda _: {"grading.verifier": "tests.support.e2e.parity_task:approve"}, "parity_task:approve"),
@@ -139,6 +149,12 @@ def test_another_input_is_refused_with_its_name_or_allowed_by_it(
     assert words in error
     assert f"run.allow_changed=[{part}]" in error
     assert allowed == ""
+
+
+def test_another_version_of_the_program_is_refused_or_allowed_by_name(task: Path) -> None:
+    error = go_on(task, version="99.1")
+    assert " → 99.1: this program may compute" in error
+    assert go_on(task, "run.allow_changed=[version]", version="99.1") == ""
 
 
 def test_the_same_inputs_elsewhere_and_faster_grading_are_no_change(task: Path) -> None:

@@ -39,6 +39,7 @@ _MEANING = {
     "model": "the same weights compute something else",
     "reference": "π_ref is another policy",
     "verifier": "the same response has another verdict",
+    "version": "this program may compute the same step in another way",
 }
 """Each part, and what its change means."""
 
@@ -51,7 +52,7 @@ def describe_inputs(
     arch: Architecture,
     reference: Mapping[str, str] | None,
 ) -> Inputs:
-    """Return the parts ``data``, ``seed``, ``tokenizer``, ``model``, ``reference`` and ``verifier``, and the version.
+    """Return the parts ``data``, ``seed``, ``tokenizer``, ``model``, ``reference``, ``verifier`` and ``version``.
 
     Args:
         reference: file → SHA-256 of a frozen π_ref; None if the run reads none.
@@ -77,13 +78,11 @@ def describe_inputs(
 def require_same_inputs(
     run_dir: Path, stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]
 ) -> None:
-    """Compare the inputs of the run that is resumed with those of this one. For another version there is a warning.
+    """Compare the inputs of the run that is resumed with those of this one.
 
     Raises:
         ValueError: parts differ that ``allow_changed`` does not name. Each difference is in the message.
     """
-    if stored["version"] != current["version"]:
-        log.warning("%s: begun by version %s, this is version %s", run_dir, stored["version"], current["version"])
     refused = []
     for part, meaning in _MEANING.items():
         found = _differences(part, stored[part], current[part])
@@ -101,6 +100,8 @@ def require_same_inputs(
 def _differences(part: str, stored: Any, current: Any) -> list[str]:
     if stored is None or current is None:
         return []  # a reference that only one of the two reads
+    if part == "version":
+        return [] if stored == current else [f"{stored} → {current}"]
     changes: list[str] = []
     if part == "data":
         changes += compare_fingerprints(stored["files"], current["files"])
