@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.e2e.commands import REPOSITORY, python
+from tests.support.e2e.commands import REPOSITORY, python, train
 from tests.support.e2e.parity_task import write_task
 from tests.support.fake_control import KEY
 from tests.support.faults.policy_server import policy_servers
@@ -80,3 +80,22 @@ def test_a_config_that_shares_its_files_leaves_the_modes_to_the_umask(tmp_path: 
     found = run_all(tmp_path, 1, shared=True)
     usual = {0o777 & ~UMASK, 0o666 & ~UMASK}
     assert {path: oct(mode) for path, mode in found.items() if mode not in usual} == {}
+
+
+def test_a_run_that_others_could_read_goes_on_and_only_its_new_files_are_private(tmp_path: Path) -> None:
+    config, run_dir = write_task(tmp_path, objective={"name": "sft"}), tmp_path / "run"
+    train(config, "run.steps=1", "run.shared_files=true")
+    before = modes_below(run_dir)
+    assert "resuming from" in train(config, "run.steps=2")
+    after = modes_below(run_dir)
+    modes = [
+        {
+            after[path]
+            for path in after
+            if path == f"run/checkpoints/{step}" or path.startswith(f"run/checkpoints/{step}/")
+        }
+        for step in ("step_000001", "step_000002")
+    ]
+    assert modes == [{0o755, 0o644}, {0o700, 0o600}]
+    assert after["run"] == before["run"] == 0o755
+    assert {path for path, mode in after.items() if mode & 0o077} <= before.keys()

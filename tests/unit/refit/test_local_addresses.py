@@ -75,6 +75,7 @@ def test_only_this_user_gets_at_a_waiting_socket_under_any_umask_and_each_has_a_
 def test_shared_memory_has_no_name_and_nobody_else_can_open_it():
     os.umask(0)
     ring = make_ring(2, 64)
+    assert ring.fd is not None
     facts = os.fstat(ring.fd)
     assert (facts.st_nlink, stat.S_IMODE(facts.st_mode), facts.st_uid) == (0, 0o600, os.getuid())
     assert str(Path(f"/proc/self/fd/{ring.fd}").readlink()).startswith("/memfd:"), "not in /dev/shm"
