@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 _HASH_BYTES = 8 * 2**20
+_OTHERS = 0o077
+"""Mode bits of the group and of other users."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def set_access(*, shared: bool) -> None:
+    """Let only this user read the files that this process and its children make from now on.
+
+    Args:
+        shared: leave the modes to the umask that the process has.
+    """
+    if not shared:
+        os.umask(os.umask(_OTHERS) | _OTHERS)
 
 
 def make_exclusively(path: Path, text: str) -> bool:

@@ -52,6 +52,15 @@ def _first_warnings_are_first():
     flush_repeated()
 
 
+@pytest.fixture(autouse=True)
+def _umask_is_restored():
+    """Restore the umask after commands that a test ran in this process, which set it for the rest of a process."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _hangups_are_heard():
     """Let processes that tests start receive SIGHUP as usual, even if the tests run under ``nohup``."""

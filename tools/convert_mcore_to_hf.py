@@ -36,8 +36,10 @@ def main(
     ] = "none",
 ) -> None:
     """Convert a Megatron-Core checkpoint to an HF model folder."""
+    from megatron_dypo.config.reading.access import set_access_of_checkpoint
     from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
 
+    set_access_of_checkpoint(mcore_path)
     mcore_to_hf(
         mcore_path,
         hf_path,

@@ -31,6 +31,7 @@ def main(
     Exit status 65: an input cannot be used; 69: a teacher was given up; 75: stopped by a signal.
     """
     from megatron_dypo.config.reading.load import load_tree
+    from megatron_dypo.fs import set_access
     from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.traces.config import TraceCommandConfig
     from megatron_dypo.traces.report import to_text
@@ -38,6 +39,7 @@ def main(
 
     log_to_terminal()
     cfg = load_tree(TraceCommandConfig, teachers, overrides or [])
+    set_access(shared=cfg.shared_files)
     report = generate_traces(prompts, out, cfg)
     typer.echo(json.dumps(report, indent=2) if as_json else to_text(report))
 

@@ -22,6 +22,8 @@ class EvalCommandConfig:
     """Seed of the responses and of the order of options."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in the servers that the command starts."""
+    shared_files: bool = False
+    """Give the files that the command writes the modes that the umask says. ``false``: only this user can read them."""
     data: DataConfig = field(default_factory=DataConfig)
     """Columns, chat template and limits of the sets. Leave ``prompts`` empty: ``eval.sets`` names the files."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

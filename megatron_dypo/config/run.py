@@ -34,6 +34,9 @@ class RunConfig:
     """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely, without warnings. A rank
     that waits for other ranks, or for rollouts that still arrive, does not count as hung. Long before, within three
     usual steps and a minute, a warning names a rank or a server that stalls."""
+    shared_files: bool = False
+    """Give new files and folders the modes that the umask says. ``false``: only this user can read them (0600, folders
+    0700)."""
     allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier", "version"], ...] = ()
     """Inputs that may differ from those of the run that is resumed; a warning then names each difference. ``data``: the
     prompt files, their content or order; positions in the data then mean other rows. ``seed``: ``run.seed``.

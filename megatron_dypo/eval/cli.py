@@ -60,10 +60,12 @@ def evaluate(
     from megatron_dypo.config.reading.load import load_tree
     from megatron_dypo.eval.run import evaluate_model
     from megatron_dypo.eval.serving import target_of
+    from megatron_dypo.fs import set_access
     from megatron_dypo.metrics.logs import log_to_terminal
 
     log_to_terminal()
     cfg = load_tree(EvalCommandConfig, sets, overrides or [])
+    set_access(shared=cfg.shared_files)
     target = target_of(model, cfg, urls=url or (), api=api.value, tokenizer=tokenizer)
     _show(evaluate_model(target, cfg, out), as_json)
 

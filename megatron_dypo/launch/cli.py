@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from megatron_dypo.config.reading.command_line import ConfigFile, Overrides
+from megatron_dypo.fs import set_access
 from megatron_dypo.launch.attempt import stop_before_start
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE
 from megatron_dypo.processes.stop_requests import hold_requests, ignore_requests
@@ -136,6 +137,7 @@ def serve(
 
     log_to_terminal()
     resolved = smoke_config(load_config(config, overrides or []))
+    set_access(shared=resolved.run.shared_files)
     try:
         keep_servers(
             resolved,

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.config.urls import url_host
+from megatron_dypo.fs import set_access
 from megatron_dypo.launch.probe_target import ProbeTarget
 from megatron_dypo.launch.replay_target import ReplayTarget
 from megatron_dypo.metrics.terminal import survive_terminal
@@ -47,6 +48,7 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
         command: of ``megatron-dypo``, with its arguments; the ranks run it again.
         work: the work of one rank.
     """
+    set_access(shared=config.run.shared_files)  # a launcher, ranks and their processes inherit it
     survive_terminal()
     prepare_rank(os.environ)
     if _is_on_one_host(config):

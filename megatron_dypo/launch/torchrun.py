@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dypo.ending import Cause, cause_of
+from megatron_dypo.fs import set_access
 from megatron_dypo.launch.attempt import LAUNCHER_VARIABLE, end_of, last_line, stop_before_start, terminal_line
 from megatron_dypo.launch.run_folder import make_run_folder
 from megatron_dypo.launch.run_lock import remove_dead, require_free
@@ -174,6 +175,7 @@ def _checked_config(arguments: Sequence[str]) -> Config | None:
         config = smoke_config(load_config(Path(subject), overrides))
     else:
         config = probe_target(Path(subject), initial="--initial" in arguments).config(overrides)
+    set_access(shared=config.run.shared_files)  # ranks inherit it
     if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):
         raise ValueError("\n".join(notes))
     return config

@@ -25,10 +25,12 @@ def export(
 
     The bytes are those of the run's own export at that step. Needs no GPU and none of the run's ranks.
     """
+    from megatron_dypo.config.reading.access import set_access_of_runs
     from megatron_dypo.mcore.checkpoints.export_run import export_run
     from megatron_dypo.metrics.logs import log_to_terminal
 
     log_to_terminal()
+    set_access_of_runs([run_dir])
     typer.echo(export_run(run_dir, step=step, out_dir=out, overwrite=overwrite, quantization=quantize.value))
 
 

@@ -164,6 +164,7 @@ def write_configs(cell: Cell) -> None:
     of_eval = EvalCommandConfig(
         seed=config.run.seed,  # also the seed of the responses, so that each run has different draws
         dtype=config.model.dtype,
+        shared_files=config.run.shared_files,
         data=dataclasses.replace(config.data, prompts=()),
         rollout=config.rollout,
         grading=config.grading,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_dypo.config.reading.command_line import user_errors
+from megatron_dypo.fs import set_access
 from megatron_dypo.processes.stop_requests import hold_requests
 
 
@@ -36,6 +37,8 @@ def compare(
 
     with user_errors():
         comparison: Comparison = open_comparison(path)
+        # Runs and evaluations of cells inherit it.
+        set_access(shared=all(cell.config.run.shared_files for cell in comparison.cells))
         if dry_run and not slurm:
             typer.echo("\n".join(comparison.describe()))
         elif slurm:

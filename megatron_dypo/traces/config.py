@@ -89,6 +89,8 @@ class TraceCommandConfig:
     """Name of the teacher, which is also its name in ``traces`` → the teacher."""
     seed: int = 1
     """Seed of the responses."""
+    shared_files: bool = False
+    """Give the files that the command writes the modes that the umask says. ``false``: only this user can read them."""
     data: DataConfig = field(default_factory=DataConfig)
     """Columns of the prompt file (``format``, ``fields``)."""
     grading: GradingConfig = field(default_factory=GradingConfig)

@@ -23,8 +23,10 @@ def report(
     every_s: Annotated[int, typer.Option("--every-s", min=1, help="Seconds between two looks with --live.")] = 15,
 ) -> None:
     """Write one self-contained HTML page: plots and samples of one run, or a comparison of several runs."""
+    from megatron_dypo.config.reading.access import set_access_of_runs
     from megatron_dypo.metrics.report.live import follow, write_page
 
+    set_access_of_runs(run_dirs)
     with user_errors():
         if not live:
             typer.echo(write_page(run_dirs, out))

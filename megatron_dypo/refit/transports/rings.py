@@ -45,6 +45,7 @@ def make_ring(num_slots: int, slot_bytes: int) -> Ring:
         offer = json.dumps({"handle": _encoded(share_storage(slots.untyped_storage()))})
         return Ring(slots, offer, None, owner=owner)
     fd = os.memfd_create("megatron-dypo-refit")
+    os.fchmod(fd, 0o600)  # Linux gives it 0777
     os.ftruncate(fd, num_slots * slot_bytes)
     offer = json.dumps({"shape": [num_slots, slot_bytes]})
     return Ring(_mapped(fd, num_slots, slot_bytes), offer, fd)

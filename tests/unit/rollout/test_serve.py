@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,7 @@ def free_pair() -> int:
 
 
 def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(node, tmp_path: Path) -> None:
+    os.umask(0o022)
     port = free_pair()
     process = node(port)
     while "serving at" not in process.stdout.readline():
@@ -88,6 +90,7 @@ def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(nod
     wait_until(lambda: not is_up(port), "gone")
     wait_until(lambda: is_up(port), "back", 60)
     assert sorted(path.name for path in (tmp_path / "logs").glob("*.log")) == ["sglang_0.log", "sglang_1.log"]
+    assert stat.S_IMODE((tmp_path / "logs").stat().st_mode) == 0o700
     wait_until(
         lambda: all(KEY not in path.read_text() for path in (tmp_path / "logs").glob("sglang_*")), "no key in logs"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import stat
 from collections import Counter
 
 import psutil
@@ -172,3 +174,13 @@ def test_the_files_of_a_cell_are_a_config_to_train_and_the_sets_to_evaluate(whol
     config, sets = load_config(folder / "config.yaml"), load_tree(EvalCommandConfig, folder / "eval.yaml")
     assert (config.run.seed, config.objective.name, sets.seed) == (2, "dypo", 2)
     assert (sets.eval, sets.rollout, sets.grading) == (config.eval, config.rollout, config.grading)
+
+
+@pytest.mark.parametrize(("shared", "modes"), [(True, {0o755, 0o644}), (False, {0o700, 0o600})])
+def test_files_of_a_comparison_are_private_unless_every_cell_shares_its_own(shared, modes, tmp_path):
+    os.umask(0o022)
+    methods = {name: {"run.shared_files": value} for name, value in (("grpo", True), ("dypo", shared))}
+    compare(write_comparison(tmp_path, seeds=[1], methods=methods))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")} == modes
+    cell = tmp_path / "out" / "cells" / "dypo" / "seed-1"
+    assert load_tree(EvalCommandConfig, cell / "eval.yaml").shared_files is shared

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,7 @@ def has_all_traces(folder: Path, teacher: str = "t") -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_program_that_was_ended_goes_on_and_asks_nothing_twice(how: signal.Signals, tmp_path: Path) -> None:
+    os.umask(0o022)
     write_prompts(tmp_path / "in.jsonl", 6)
     recorded = tmp_path / "out.jsonl.records" / "t.jsonl"
 
@@ -51,6 +54,8 @@ def test_a_program_that_was_ended_goes_on_and_asks_nothing_twice(how: signal.Sig
             process.send_signal(how)
             errors = process.communicate(timeout=60)[1]
     assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else Cause.STOPPED.status)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (recorded.parent, *recorded.parent.iterdir())}
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077} == {}, "only this user can read them"
     assert ("4 responses are recorded" in errors) is (how is signal.SIGTERM)
     assert not (tmp_path / "out.jsonl").exists()
     done = {question(body) for body in fake.requests[:4]}
