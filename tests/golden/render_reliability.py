@@ -71,9 +71,20 @@ cause: starting, saving, evaluating, steps that were made again, and the time be
 
 `tools/soak.py CONFIG --hours 2 --faults 100` trains a config once undisturbed and once under faults: it kills ranks, launchers, servers
 and verifiers, stops ranks and servers for a while, asks the run to stop, and flips bits of checkpoints, at random times of a seeded
-schedule. After that it checks for every step that the books balance, that no step is missing and that the servers' log-probs are the
-trainer's; that no process outlived its run and none grew by more than 2%; and that the accuracy is that of the undisturbed run within
-the intervals. With `--slurm OPTIONS` the run under faults is a Slurm job, which starts its trainer again itself, in place or after a
+schedule. After that it checks
+
+* every step of both runs: no step is missing; the books balance, and the prompts that wait are those in the queues; the queues, the buffer
+  and the prompts in flight are within the bounds of the config; the weights that sampled were no newer than the step and no older than
+  the mode allows; each update that learned from rollouts measured their log-probs, and those of servers and trainer agree;
+* the processes: none outlived its run, and the ranks, servers, their schedulers and detokenizers, and verifiers did not grow: memory by at
+  most 2%, descriptors and threads by at most 8. Of a life of six minutes or more two halves are compared, without the first three
+  minutes or the first third; for the memory of a rank it must be twenty, and the first ten do not count. The middle one of a role's
+  processes counts. The tool says how many were measured, and the longest life; what neither run could measure counts as a broken law;
+* the damage: the run named each checkpoint whose bit was flipped, unless it saved a newer one before its next start, or never started
+  again;
+* the accuracy, which must be that of the undisturbed run within the intervals.
+
+With `--slurm OPTIONS` the run under faults is a Slurm job, which starts its trainer again itself, in place or after a
 requeue; all of its nodes must be on this host, since the tool looks for their processes here.
 
 """

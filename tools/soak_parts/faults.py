@@ -13,7 +13,7 @@ from typing import Literal
 
 import psutil
 
-from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, find_latest
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, find_latest, whole_folders
 from tools.soak_parts.processes import RunProcesses
 
 Outcome = Literal["goes on", "ends", "stops"]
@@ -89,7 +89,7 @@ def flip_a_bit(run_dir: Path, rng: random.Random, damaged: set[str]) -> str | No
     """
     folder = run_dir / CHECKPOINTS
     latest = find_latest(folder)
-    whole = {path.name for path in folder.glob("step_*") if path.is_dir()} - damaged
+    whole = {path.name for path in whole_folders(folder)} - damaged
     if latest is None or latest.name not in whole or len(whole) < 2:
         return None
     damaged.add(latest.name)

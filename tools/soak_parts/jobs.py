@@ -32,7 +32,7 @@ class SlurmJob:
         named = ["sbatch", "--wait", f"--job-name={self.name}", f"--export=ALL,CONFIG={config.resolve()}"]
         output = f"--output={run_dir.resolve()}.job.log"
         self.command = [*named, output, *shlex.split(options), str(_SCRIPT), *overrides]
-        self._damaged: set[str] = set()
+        self.damaged = set[str]()
         self._run_dir = run_dir
         self.faults: Mapping[str, Fault] = {
             **{name: replace(fault, outcome="goes on") for name, fault in FAULTS.items()},
@@ -79,7 +79,7 @@ class SlurmJob:
 
     def _damage(self, run: RunProcesses, rng: random.Random) -> str | None:
         """Flip a bit of the newest checkpoint, and kill a rank, so that the checkpoint is read."""
-        words = flip_a_bit(self._run_dir, rng, self._damaged)
+        words = flip_a_bit(self._run_dir, rng, self.damaged)
         return words and f"{words}; then {FAULTS['kill a rank'].do(run, rng, threading.Event())}"
 
 

@@ -28,6 +28,14 @@ class RunProcesses:
     all: tuple[psutil.Process, ...]
     """Those above and every other one."""
 
+    def server_workers(self) -> tuple[psutil.Process, ...]:
+        """Return the processes below the servers: schedulers, detokenizers and helpers."""
+        found: dict[int, psutil.Process] = {}
+        for server in self.servers:
+            with contextlib.suppress(psutil.Error):
+                found |= {one.pid: one for one in server.children(recursive=True)}
+        return tuple(found.values())
+
 
 def find_processes(command: psutil.Process) -> RunProcesses:
     """Return the processes of a run whose command still lives. Raises psutil.NoSuchProcess if it does not."""

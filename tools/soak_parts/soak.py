@@ -17,11 +17,11 @@ import psutil
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 from tools.soak_parts.faults import DAMAGE, FAULTS, Fault, flip_a_bit
-from tools.soak_parts.invariants import Sample
 from tools.soak_parts.processes import RunProcesses, find_processes
+from tools.soak_parts.resources import Sample, take_samples
 
 _LOOK_EVERY_S = 0.5
-_SAMPLE_EVERY_S = 5.0
+_SAMPLE_EVERY_S = 2.0
 _LAST_START_S = 120.0
 _LEAVE_S = 60.0
 """Longest life of a run's processes after its command has ended."""
@@ -90,6 +90,11 @@ class Launch(Protocol):
         """Return name → fault, each as likely as another."""
         ...
 
+    @property
+    def damaged(self) -> set[str]:
+        """Return the names of the checkpoints that were damaged, to which others are added."""
+        ...
+
     def find(self, command: psutil.Process) -> RunProcesses:
         """Return the run's processes. Raises psutil.NoSuchProcess if the command lives no more."""
         ...
@@ -106,6 +111,7 @@ class LocalCommand:
 
     def __init__(self, config: Path, overrides: Sequence[str]) -> None:
         self.command = [sys.executable, "-m", "megatron_dypo.cli", "train", str(config), *overrides]
+        self.damaged = set[str]()
 
     def find(self, command: psutil.Process) -> RunProcesses:
         return find_processes(command)
@@ -131,7 +137,6 @@ class Soak:
         self._launch, self._run_dir, self._say = launch, run_dir, say
         self._mean_gap_s, self._max_faults = mean_gap_s, max_faults
         self._rng = random.Random(seed)
-        self._damaged: set[str] = set()
         self.story = Story()
 
     def run(self, deadline_s: float) -> Story:
@@ -166,7 +171,7 @@ class Soak:
                     known |= {one.pid: one for one in found.all}
                     if time.monotonic() - sampled >= _SAMPLE_EVERY_S:
                         sampled = time.monotonic()
-                        self._sample(found)
+                        self.story.samples.extend(take_samples(found))
                 self._note_steps()
                 time.sleep(_LOOK_EVERY_S)
         finally:
@@ -196,7 +201,9 @@ class Soak:
 
     def _damage(self) -> None:
         may_be = self.story.ends and len(self.story.events) < self._max_faults
-        if may_be and self._rng.random() < 0.25 and (words := flip_a_bit(self._run_dir, self._rng, self._damaged)):
+        if not may_be or self._rng.random() >= 0.25:
+            return
+        if words := flip_a_bit(self._run_dir, self._rng, self._launch.damaged):
             self._note(DAMAGE, words, time.time(), self._step())
 
     def _note(self, kind: str, words: str, moment: float, step: int) -> None:
@@ -217,20 +224,3 @@ class Soak:
         path = self._run_dir / METRICS_FILE
         records = read_metrics(path) if path.is_file() else []
         return int(records[-1]["step"]) if records else 0
-
-    def _sample(self, found: RunProcesses) -> None:
-        roles = {"rank": found.ranks, "server": found.servers, "verifier": found.verifiers}
-        for role, processes in roles.items():
-            for one in processes:
-                with contextlib.suppress(psutil.Error), one.oneshot():
-                    self.story.samples.append(
-                        Sample(
-                            start=len(self.story.ends) + 1,
-                            role=role,
-                            pid=one.pid,
-                            time=time.time(),
-                            rss=one.memory_info().rss,
-                            descriptors=one.num_fds(),
-                            threads=one.num_threads(),
-                        )
-                    )

@@ -1,38 +1,53 @@
-"""The laws that a soak checks, on records that obey or break them, and its damage to checkpoints."""
+"""The laws that a soak checks on records, on records that obey or break them, and its damage to checkpoints."""
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from megatron_dypo.config.reading.load import load_config
+from tests.support.soak_cases import GOOD, last_changed, record
 from tools.soak import compare_accuracies
+from tools.soak_parts.allowed import Allowed, allowed_by
 from tools.soak_parts.faults import FAULTS, flip_a_bit
-from tools.soak_parts.invariants import GAP, Sample, growth, violations
+from tools.soak_parts.invariants import GAP, SERVERS_GAP, STALENESS, VERSION, violations
 from tools.soak_parts.processes import RunProcesses, find_processes
 from tools.soak_parts.soak import outlive
 
+ROOT = Path(__file__).resolve().parents[3]
 WAITS = "import threading; threading.Event().wait()"
 
 
-def record(step: int, **changes: Any) -> dict[str, Any]:
-    books = {"ledger/drawn": 8.0 * step, "ledger/trained_rl": 6.0 * step, "ledger/dropped_easy": 2.0 * step}
-    return {"step": step, **books, GAP: 1e-5, **changes}
-
-
-GOOD = [{"step": 0}, *(record(step) for step in range(1, 6))]
+ROUNDS = Allowed(
+    max_gap=1e-3,
+    in_rounds=True,
+    max_lag=4,
+    max_staleness=4,
+    max_waiting=64,
+    max_buffered=0,
+    max_open=0,
+    trainer_measures=True,
+    servers_are_checked=False,
+)
+STREAM = replace(ROUNDS, in_rounds=False)
+BY_SERVERS = replace(ROUNDS, trainer_measures=False, servers_are_checked=True)
+NO_ROLLOUTS: dict[str, Any] = {"gate/offline_share_sequences": 1.0}
 
 
 def test_records_that_obey_break_no_law() -> None:
-    assert violations(GOOD, max_gap=1e-3) == []
-    assert violations([], max_gap=1e-3) == []
+    for allowed in (ROUNDS, STREAM):
+        assert violations(GOOD, allowed) == []
+        assert violations([], allowed) == []
 
 
 @pytest.mark.parametrize(
@@ -40,26 +55,82 @@ def test_records_that_obey_break_no_law() -> None:
     [
         ([*GOOD[:3], *GOOD[4:]], "step 4 follows step 2"),
         ([*GOOD[:3], *GOOD[2:]], "step 2 follows step 2"),
-        ([*GOOD[:-1], record(5, **{"ledger/dropped_easy": 9.0})], "step 5: 40 draws, and 39 in the accounts"),
-        ([*GOOD[:-1], record(5, **{"ledger/drawn": 16.0, "ledger/trained_rl": 6.0})], "step 5: 16 draws after 32"),
-        ([*GOOD[:-1], record(5, **{GAP: 0.01})], f"step 5: {GAP}=0.01, more than 0.001"),
-        ([*GOOD[:-1], record(5, **{GAP: None})], f"step 5: {GAP}=None"),
+        (GOOD[2:], "step 2 is the first"),
+        (last_changed(**{"ledger/dropped_easy": 9.0}), "step 5: 45 draws, and 44 in the accounts"),
+        (last_changed(**{"ledger/drawn": 16.0, "ledger/trained_rl": 1.0}), "step 5: 16 draws after 37"),
+        (last_changed(**{GAP: 0.01}), f"step 5: {GAP}=0.01, more than 0.001"),
+        (last_changed(**{GAP: None}), f"step 5: {GAP}=None"),
+        (last_changed(without=(GAP,)), f"step 5: {GAP} is missing"),
+        (last_changed(without=("gate/offline_share_sequences", GAP)), f"step 5: {GAP} is missing"),
+        (last_changed(without=("ledger/drawn",)), "step 5: ledger/drawn is missing"),
+        (last_changed(without=("queue/reinforce",)), "step 5: queue/reinforce is missing"),
+        (last_changed(without=(STALENESS,)), f"step 5: {STALENESS} is missing"),
+        (last_changed(without=(VERSION,)), f"step 5: {VERSION} is missing"),
+        (last_changed(**{VERSION: 5.0}), f"step 5: {VERSION}=5, not from 4 to 4"),
+        (last_changed(**{VERSION: 2.0}), f"step 5: {VERSION}=2, not from 4 to 4"),
+        (last_changed(**{STALENESS: 4.5}), f"step 5: {STALENESS}=4.5, not from 0 to 4"),
+        (last_changed(**{STALENESS: -0.1}), f"step 5: {STALENESS}=-0.1, not from 0 to 4"),
+        (last_changed(**{"queue/stale": -1.0}), "step 5: queue/stale=-1, below 0"),
+        (last_changed(**{"ledger/dropped_easy": -1.0}), "step 5: ledger/dropped_easy=-1, below 0"),
+        (last_changed(**{"queue/reinforce": 64.0}), "step 5: 65 prompts in the queues, more than 64"),
+        (last_changed(**{"ledger/in_flight": 65.0}), "step 5: 65 prompts in flight, more than 64"),
+        (last_changed(**{"queue/buffer": 1.0}), "step 5: 1 traces in the buffer, more than 0"),
+        (last_changed(**{"queue/reinforce": 3.0}), "step 5: ledger/waiting is 1 above the queues, not from 0 to 0"),
+        (last_changed(**{"queue/reinforce": 5.0}), "step 5: ledger/waiting is -1 above the queues"),
     ],
 )
 def test_each_law_that_is_broken_is_named(records: list[dict[str, Any]], words: str) -> None:
-    assert any(words in line for line in violations(records, max_gap=1e-3))
+    assert any(words in line for line in violations(records, ROUNDS))
 
 
-def life(values: list[int], **fields: Any) -> list[Sample]:
-    base = {"start": 1, "role": "rank", "pid": 7, "time": 0.0, "descriptors": 10, "threads": 3}
-    return [Sample(**{**base, **fields}, rss=value) for value in values]
+def test_a_step_that_learned_from_traces_alone_needs_no_gap() -> None:
+    assert violations(last_changed(without=(GAP,), **NO_ROLLOUTS), ROUNDS) == []
 
 
-def test_the_growth_is_that_of_the_last_third_over_the_second_of_the_process_that_grew_most() -> None:
-    flat, grows, short = [100] * 240, [500] * 80 + [100] * 80 + [130] * 80, [1] * 50 + [9] * 50
-    samples = [*life(flat, pid=1), *life(grows, pid=2), *life(short, pid=3), *life(flat, role="server", pid=4)]
-    assert growth(samples)["rss"] == {"rank": pytest.approx(0.3), "server": 0.0}
-    assert growth(samples)["threads"] == {"rank": 0.0, "server": 0.0}
+def test_a_step_that_collected_nothing_needs_no_version() -> None:
+    assert violations(last_changed(without=(VERSION, "rollout/num_rollouts")), ROUNDS) == []
+
+
+def test_from_a_stream_rollouts_may_be_as_old_as_the_config_allows() -> None:
+    late = [record(step) | {VERSION: step - 5.0} for step in range(6, 9)]
+    assert violations([*GOOD, *late], STREAM) == []
+    older = record(9) | {VERSION: 3.5}
+    assert violations([*GOOD, *late, older], STREAM) == [f"step 9: {VERSION}=3.5, not from 4 to 8"]
+    assert violations([*GOOD, *late, older | {"queue/stale": 1.0}], STREAM) == [], "those that were dropped count too"
+    assert violations(last_changed(**{VERSION: 4.1}), STREAM) == [f"step 5: {VERSION}=4.1, not from 0 to 4"]
+
+
+def test_where_the_servers_log_probs_are_used_their_error_is_the_gap() -> None:
+    without = [record(step, without=(GAP,)) for step in range(1, 6)]
+    assert violations(without, BY_SERVERS) == [f"{SERVERS_GAP} is in no record"]
+    measured = [record(6, without=(GAP,), **{SERVERS_GAP: 1e-4})]
+    assert violations([*without, *measured], BY_SERVERS) == []
+    measured = [record(6, without=(GAP,), **{SERVERS_GAP: 0.2})]
+    assert violations([*without, *measured], BY_SERVERS) == [f"step 6: {SERVERS_GAP}=0.2, more than 0.001"]
+
+
+def test_the_bounds_are_those_of_the_config() -> None:
+    path = ROOT / "examples/quickstart/dypo.yaml"
+    rounds = allowed_by(load_config(path), 1e-3)
+    config = load_config(
+        path, ["batching.updates_per_batch=2", "batching.max_staleness=3", "batching.max_collect_rounds=5"]
+    )
+    several = allowed_by(config, 1e-3)
+    assert rounds.in_rounds
+    assert rounds.trainer_measures
+    assert (rounds.max_open, rounds.max_buffered) == (0, 0)
+    assert (several.max_lag, several.max_staleness) == (6, 7)
+    assert several.max_open == 2 * config.batching.prompts_per_update
+    assert several.max_waiting == 5 * config.rollout.prompts_per_round
+    relift = allowed_by(load_config(path, ["objective.name=relift", "objective.options={buffer_keeps: 200}"]), 1e-3)
+    assert relift.max_staleness == math.inf
+    assert relift.max_buffered == 200
+    server = ["rollout.mode=async", "old_logp.source=server", "objective.gal_coefficients=exact"]
+    stream = allowed_by(load_config(path, server), 1e-3)
+    assert not stream.in_rounds
+    assert not stream.trainer_measures
+    assert stream.servers_are_checked
+    assert stream.max_waiting > rounds.max_waiting
 
 
 def test_accuracies_are_compared_at_the_last_step_at_which_both_runs_were_evaluated() -> None:
@@ -90,6 +161,13 @@ def test_one_bit_of_the_newest_checkpoint_is_flipped_if_there_is_an_older_one(tm
     different = [bin(a ^ b).count("1") for a, b in zip(b"{}", contents[1], strict=True)]
     assert contents[0] == b"{}"
     assert sum(different) == 1
+
+
+def test_a_checkpoint_that_was_set_aside_is_no_older_one_to_go_back_to(tmp_path: Path) -> None:
+    for name in ("step_000001.damaged", "step_000002"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "trainer_state.json").write_text("{}")
+    assert flip_a_bit(tmp_path, random.Random(1), set()) is None
 
 
 def test_a_fault_reaches_its_process_and_a_stopped_one_goes_on() -> None:
@@ -137,6 +215,7 @@ def test_the_processes_of_a_run_are_told_apart_by_their_command_lines(tmp_path: 
             below = [command, *command.children(recursive=True)]
             assert found.launcher == command
             assert found.servers == (below[3],)
+            assert found.server_workers() == (below[4],)
             assert found.verifiers == ()
         finally:
             for one in (*command.children(recursive=True), command):
