@@ -182,7 +182,8 @@ read_config() {
   resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")$(explain_missing_module <"$errors")"
   [ ! -d "$DYPO_LOGS" ] || echo "$resolved" >"$DYPO_LOGS/config.yaml"
   rm "$errors"
-  RUN_DIR=$(awk '/^run:/ { inside = 1 } inside && $1 == "dir:" { sub(/^ *dir: */, ""); print; exit }' <<<"$resolved")
+  RUN_DIR=$(run_field dir <<<"$resolved")
+  [ ! -d "$DYPO_LOGS" ] || [ "$(run_field shared_files <<<"$resolved")" = true ] || chmod 700 "$DYPO_LOGS"
   SERVERS_PER_NODE=$(field per_node <<<"$resolved")
   local tensor_parallel nodes
   nodes=$(field nodes <<<"$resolved")
@@ -200,6 +201,9 @@ read_config() {
       || fail "$needed: more than the GPUs of a node, GPUS_PER_NODE=$GPUS_PER_NODE$([ "$COLOCATED" = 0 ] || echo ", less TRAIN_PER_NODE=$TRAIN_PER_NODE")"
   fi
 }
+
+# Print the value of a key of the section run in a resolved config.
+run_field() { awk -v key="$1:" '/^run:/ { inside = 1 } inside && $1 == key { sub(/^ *[a-z_]*: */, ""); print; exit }'; }
 
 # Print the value of a key of rollout.servers in a resolved config.
 field() { awk -v key="$1:" '/^  servers:/ { inside = 1 } inside && $1 == key { print $2; exit }'; }

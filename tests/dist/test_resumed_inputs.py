@@ -41,7 +41,8 @@ def rank_go_on(path: str, overrides: list[str], version: str) -> str:
     from megatron_dypo.loop.setup import inputs
     from megatron_dypo.loop.setup.build import open_run
 
-    inputs.__dict__["__version__"] = version or inputs.__version__
+    if version:
+        inputs.__dict__["__version__"] = version
     try:
         with open_run(load_config(path, overrides)):
             return ""

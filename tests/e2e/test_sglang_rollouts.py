@@ -46,7 +46,7 @@ def pool(sglang_servers: Any, model_path: Path) -> ServerPool:
     return sglang_servers(model_path, max_restarts=0)
 
 
-def make_client(pool: ServerPool, run_seed: int | None = None, **fields: Any) -> SGLangClient:
+def make_client(pool: ServerPool, *, run_seed: Any = None, **fields: Any) -> SGLangClient:
     cfg = RolloutConfig(**{"max_new_tokens": 24, "request_deadline_s": 120.0, **fields})
     return SGLangClient(
         pool.urls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 import time
@@ -112,6 +113,7 @@ def test_a_70b_job_trains_a_tiny_model_on_two_trainer_nodes_and_a_rollout_node(s
     assert names(job.logs / "latest" / "rollout.node3") == ["sglang_0.log"]
     ranks = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
     assert ranks == [f"rank_{rank:05d}.log" for rank in range(4)]
+    assert stat.S_IMODE((job.logs / f"{job.number}.0").stat().st_mode) == 0o700
 
 
 @pytest.mark.slow

@@ -374,3 +374,11 @@ def test_without_a_spare_node_a_job_with_a_lost_node_is_requeued_without_it(job)
     assert code == 0
     assert "scontrol requeue 12\n" in said
     assert "ExcNodeList=node2" in said
+
+
+def test_fields_of_a_resolved_config_are_read_from_their_own_section(job):
+    resolved = (
+        "data:\n  dir: other\nrun:\n  dir: /shared/my run\n  shared_files: false\nrollout:\n  shared_files: true\n"
+    )
+    read = 'for key in dir shared_files; do run_field "$key" <<<"$RESOLVED"; done'
+    assert job(read, RESOLVED=resolved)[1] == "/shared/my run\nfalse\n"
