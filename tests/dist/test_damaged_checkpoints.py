@@ -24,6 +24,8 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
 FLIPS = 300
+FLIPS_PER_FILE = 2
+"""Flips whose whole outcome is looked at: two readings of the checkpoint for each."""
 SEED = 20
 STRAY = ["leader_00002.bin", "mcore/__7_0.distcp", "mcore/hf/chat_template.jinja", "other/common.pt"]
 
@@ -118,6 +120,43 @@ def test_whatever_happens_to_a_file_the_older_checkpoint_is_taken_with_a_line_th
         assert line.startswith(f"DAMAGED CHECKPOINT: {root}/step_000002/{name}: "), line
         assert (root / TRACKER).read_text() == "1"
         assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["step_000001", "step_000002.damaged"]
+
+
+def test_after_a_flipped_bit_of_any_file_the_older_checkpoint_is_taken_with_a_line_that_names_it(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer, draw = root / "step_000002", random.Random(SEED)
+    for name in files_of(newer) * FLIPS_PER_FILE:
+        path = newer / name
+        whole, bit = path.read_bytes(), draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        caplog.clear()
+        assert newest_whole(candidates(root), "full", ALONE) == root / "step_000001", (name, bit)
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith(f"DAMAGED CHECKPOINT: {newer}/{name}: "), (line, bit)
+        (root / "step_000002.damaged").rename(newer)
+        replace(path, whole)
+        replace(root / TRACKER, b"2")
+    caplog.clear()
+    assert newest_whole(candidates(root), "full", ALONE) == newer
+    assert not caplog.records
+
+
+def test_a_flipped_bit_of_the_tracker_is_told_and_leads_to_a_whole_checkpoint(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "step_000002").rename(root / "step_000007")
+    for step in (3, 5, 6):
+        copied(root / "step_000001", root / f"step_{step:06d}")
+    chosen = []
+    for bit in range(8):
+        replace(root / TRACKER, bytes([ord("7") ^ 1 << bit]))
+        caplog.clear()
+        chosen.append(newest_whole(candidates(root), "full", ALONE))
+        (line,) = [record.getMessage() for record in caplog.records]
+        is_older = chosen[-1] != root / "step_000007"
+        assert line.startswith(f"OLDER CHECKPOINT: {root}/{TRACKER} names " if is_older else f"{root}/{TRACKER}: "), line
+    assert chosen == [root / f"step_{step:06d}" for step in (6, 5, 3, 7, 7, 7, 7, 7)]
 
 
 @pytest.mark.parametrize("stray", STRAY)
