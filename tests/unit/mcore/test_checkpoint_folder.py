@@ -74,7 +74,8 @@ def test_a_tracker_that_names_an_older_checkpoint_than_the_newest_is_obeyed_and_
     (tmp_path / folder.TRACKER).write_text("100")
     assert choose(tmp_path) == tmp_path / "step_000100"
     (line,) = told(caplog)
-    assert line.startswith(f"OLDER CHECKPOINT: {tmp_path}/{folder.TRACKER} names step_000100, and step_000300 is newer: ")
+    both = "names step_000100, and step_000300 is newer: "
+    assert line.startswith(f"OLDER CHECKPOINT: {tmp_path}/{folder.TRACKER} {both}")
 
 
 @pytest.mark.parametrize("choose", [folder.find_latest, lambda root: folder.candidates(root)[0]])
