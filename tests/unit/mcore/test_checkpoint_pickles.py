@@ -54,9 +54,13 @@ def test_transformer_engine_may_unpickle_only_while_checked_states_are_loaded(
         monkeypatch.delenv(name, raising=False)
     else:
         monkeypatch.setenv(name, before)
-    with pytest.raises(ZeroDivisionError), te_may_unpickle():
+
+    def fail() -> None:
         assert os.environ[name] == "1"
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), te_may_unpickle():
+        fail()
     assert os.environ.get(name) == before
 
 
