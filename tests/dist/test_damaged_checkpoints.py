@@ -87,21 +87,30 @@ def test_a_checkpoint_as_it_was_written_is_whole(original: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", ["full", "manifest"])
-def test_every_flipped_bit_is_found_and_its_file_named(verify: Verify, root: Path) -> None:
-    checkpoint, draw = root / "step_000002", random.Random(SEED)
-    names = [name for name in files_of(checkpoint) if verify == "full" or not name.endswith(".distcp")]
+def test_after_every_flipped_bit_the_older_checkpoint_is_taken_with_a_line_that_names_the_file(
+    verify: Verify, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer, draw = root / "step_000002", random.Random(SEED)
+    names = [name for name in files_of(newer) if verify == "full" or not name.endswith(".distcp")]
     silent = []
     for number in range(FLIPS):
         name = names[number % len(names)]
-        path = checkpoint / name
+        path = newer / name
         whole, bit = path.read_bytes(), draw.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        found = find_damage(checkpoint, verify)
-        if found is None or not found.startswith(f"{name}: "):
-            silent.append((name, bit, found))
+        caplog.clear()
+        chosen = newest_whole(candidates(root), verify, ALONE)
+        lines = [record.getMessage() for record in caplog.records]
+        if len(lines) != 1 or not lines[0].startswith(f"DAMAGED CHECKPOINT: {path}: "):
+            silent.append((name, bit, lines))
+        if chosen == root / "step_000001":
+            (root / "step_000002.damaged").rename(newer)
+            replace(root / TRACKER, b"2")
         replace(path, whole)
     assert not silent
-    assert find_damage(checkpoint, verify) is None
+    caplog.clear()
+    assert newest_whole(candidates(root), verify, ALONE) == newer
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -118,6 +127,23 @@ def test_whatever_happens_to_a_file_the_older_checkpoint_is_taken_with_a_line_th
         assert line.startswith(f"DAMAGED CHECKPOINT: {root}/step_000002/{name}: "), line
         assert (root / TRACKER).read_text() == "1"
         assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["step_000001", "step_000002.damaged"]
+
+
+def test_a_flipped_bit_of_the_tracker_is_told_and_leads_to_a_whole_checkpoint(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "step_000002").rename(root / "step_000007")
+    for step in (3, 5, 6):
+        copied(root / "step_000001", root / f"step_{step:06d}")
+    chosen = []
+    for bit in range(8):
+        replace(root / TRACKER, bytes([ord("7") ^ 1 << bit]))
+        caplog.clear()
+        chosen.append(newest_whole(candidates(root), "full", ALONE))
+        (line,) = [record.getMessage() for record in caplog.records]
+        path, is_newest = root / TRACKER, chosen[-1] == root / "step_000007"
+        assert line.startswith(f"{path}: names no" if is_newest else f"OLDER CHECKPOINT: {path} names "), line
+    assert chosen == [root / f"step_{step:06d}" for step in (6, 5, 3, 7, 7, 7, 7, 7)]
 
 
 @pytest.mark.parametrize("stray", STRAY)
@@ -144,14 +170,18 @@ def test_the_checkpoint_before_the_trackers_is_taken_and_not_a_newer_one(root: P
     replace(root / TRACKER, b"1")
     assert newest_whole(candidates(root), "full", ALONE) == root / "step_000001"
     (root / "step_000001" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"none of 1 checkpoints is whole: step_000001/trainer_state\.json: is missing"):
+    with pytest.raises(
+        ValueError, match=r"none of 1 checkpoints is whole: step_000001/trainer_state\.json: is missing"
+    ):
         newest_whole(candidates(root), "full", ALONE)
 
 
 def test_without_a_whole_checkpoint_nothing_is_renamed_and_every_reason_said(root: Path) -> None:
     flip(root / "step_000002" / "mcore" / "metadata.json", 7)
     (root / "step_000001" / "mcore" / ".metadata").unlink()
-    expected = r"step_000002/mcore/metadata\.json: bytes 0 to .*; step_000001/mcore/\.metadata: is missing: restore one, or"
+    expected = (
+        r"step_000002/mcore/metadata\.json: bytes 0 to .*; step_000001/mcore/\.metadata: is missing: restore one, or"
+    )
     with pytest.raises(ValueError, match=expected):
         newest_whole(candidates(root), "full", ALONE)
     assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["step_000001", "step_000002"]
@@ -179,7 +209,9 @@ def test_an_export_takes_the_older_checkpoint_and_refuses_a_damaged_one_that_is_
     expected = f"{root}/step_000002/mcore/{name}: bytes 0 to "
     out = tmp_path / "exports" / "step_000001"
     assert export_run(tmp_path, show_progress=False) == out
-    assert [record.getMessage()[: len(expected) + 20] for record in caplog.records] == [f"DAMAGED CHECKPOINT: {expected}"]
+    assert [record.getMessage()[: len(expected) + 20] for record in caplog.records] == [
+        f"DAMAGED CHECKPOINT: {expected}"
+    ]
     for action in (
         lambda: export_run(tmp_path, step=2, show_progress=False),
         lambda: mcore_to_hf(root / "step_000002", tmp_path / "out", show_progress=False),

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
-import json
-import os
+import logging
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
+from typer.testing import CliRunner, Result
 
+from megatron_dypo.cli import app
+from megatron_dypo.data.tokenizer.open import load_tokenizer
+from megatron_dypo.eval.model import hf_folder_of
+from megatron_dypo.launch.probe_target import probe_target
+from megatron_dypo.mcore.checkpoints.choose import newest_whole
 from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
-from megatron_dypo.mcore.compat.restricted_pickle import load_metadata, require_plain_state, te_may_unpickle
-from tests.support.dist.saved import rank_save
+from megatron_dypo.mcore.checkpoints.folder import STATE, TRACKER, candidates
+from megatron_dypo.mcore.checkpoints.manifest import MANIFEST
+from megatron_dypo.mcore.checkpoints.verify import ALONE, find_damage
+from megatron_dypo.mcore.compat.restricted_pickle import load_metadata
 from tests.support.dist.spawn import run_ranks
-from tests.support.exploits import hide_in_metadata, hide_in_tensor_files, pickled, saved_by_torch
+from tests.support.exploits import hide_in_tensor_files
 from tests.support.hf_models import make_hf_model
+from tests.support.hostile_runs import NEWER, OLDER, PARTS, hostile_runs, save_run
+from tests.support.present import present
 
-PICKLES = ("mcore/.metadata", "mcore/common.pt", "reference/.metadata", "reference/common.pt")
-OTHERS = ("mcore/__0_0.distcp", "mcore/metadata.json", "trainer_state.json")
+NOT_IN_A_RESUME = ("mcore/hf/", TRACKER)
+"""Beginnings of the names of files that give no error in a resume: it does not read the former, and an unusable tracker
+counts as lost."""
+IN_AN_EXPORT = ("mcore/.metadata", "mcore/__", "mcore/hf/config.json", "mcore/hf/generation_config.json")
+"""Beginnings of the names of files that an export reads; it copies those of the tokenizer."""
 
 
 @pytest.fixture(scope="module")
@@ -33,56 +43,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a checkpoint without a manifest, which an attacker could rewrite anyway."""
-    root = tmp_path_factory.mktemp("run") / "checkpoints"
-    run_ranks(1, rank_save, str(model), str(root), (1,))
-    checkpoint = root / "step_000001"
-    (checkpoint / "manifest.json").unlink()
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    del state["has_manifest"]
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    return checkpoint
+    return save_run(model, tmp_path_factory.mktemp("original") / "run")
 
 
-def replaced(checkpoint: Path, name: str, content: bytes) -> str:
-    (checkpoint / name).unlink(missing_ok=True)  # core 0.19 writes no common.pt, but reads one that is there
-    (checkpoint / name).write_bytes(content)
-    return name
+def error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except ValueError as found:
+        return str(found)
+    return ""
 
 
-def hostile(original: Path, folder: Path, marker: Path) -> dict[str, Path]:
-    """Return copies of a checkpoint with an exploit each, by the name of the file that an error must have."""
+def rank_try(path: str, runs: list[str], control: str) -> list[tuple[str, str]]:
+    """Return the errors of a resume and of ``model.mcore_path`` (for π_ref's part as well) with each run's checkpoint.
 
-    def hidden(name: str, change: Callable[[Path], object]) -> tuple[str, Callable[[Path], object]]:
-        return name, lambda checkpoint: change(checkpoint / Path(name).parent)
-
-    changes: list[tuple[str, Callable[[Path], object]]] = [
-        (name, functools.partial(replaced, name=name, content=make(marker)))
-        for name in (*PICKLES, *OTHERS)
-        for make in (pickled, saved_by_torch)
-    ]
-    for part in ("mcore", "reference"):
-        changes += [
-            hidden(f"{part}/.metadata", lambda path: hide_in_metadata(path / ".metadata", marker)),
-            hidden(f"{part}/__0_0.distcp", lambda path: hide_in_tensor_files(path, marker, objects=True)),
-            hidden(f"{part}/__0_0.distcp", lambda path: hide_in_tensor_files(path, marker, objects=False)),
-        ]
-    made = {}
-    for number, (name, change) in enumerate(changes):
-        checkpoint = Path(shutil.copytree(original, folder / f"{number:02d}" / "step_000001", copy_function=os.link))
-        change(checkpoint)
-        made[f"{checkpoint}/{name}"] = checkpoint
-    return made
-
-
-def rank_try(path: str, checkpoints: list[str]) -> list[tuple[str, str]]:
-    """Return the errors of a resume and of ``model.mcore_path`` (for π_ref's part as well) with each checkpoint.
-
-    Then let Megatron read the last one on its own.
+    Then let Megatron read the checkpoint of ``control`` on its own.
     """
+    from types import SimpleNamespace
+    from typing import Any
+
     from megatron.core import dist_checkpointing
 
     from megatron_dypo.config.model import ParallelConfig
+    from megatron_dypo.loop.resume import restore_batch
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.checkpoints.weights import load_weights, model_state
     from megatron_dypo.mcore.reference import ReferencePolicy
@@ -90,118 +73,143 @@ def rank_try(path: str, checkpoints: list[str]) -> list[tuple[str, str]]:
     from megatron_dypo.parallel.groups import close
     from tests.support.dist.training import start
 
-    def error(action: Callable[[], object]) -> str:
-        try:
-            action()
-        except ValueError as found:
-            return str(found)
-        return ""
-
     parallel = ParallelConfig()
     layout = start_megatron(parallel)
     session = start(path, layout, parallel, distributed=True)
     chunks, reference = session.chunks, ReferencePolicy(session.chunks)
+    replica: Any = SimpleNamespace(draws=SimpleNamespace(replicas=1, replica=0))
+    batch = {"orders": [], "passes": 0, "position": 0}
 
-    def resume(folder: str) -> None:
-        checkpoint.load(folder, chunks=chunks, optimizer=session.optimizer, layout=layout, reference=reference)
+    def resume(root: Path) -> None:
+        chosen = present(newest_whole(candidates(root)[:1], "full", ALONE))
+        restored = checkpoint.load(
+            chosen, chunks=chunks, optimizer=session.optimizer, layout=layout, reference=reference
+        )
+        stored: Any = SimpleNamespace(trainer_state={"batch": batch}, leader_states=restored.leader_states)
+        restore_batch(stored, replica, chosen)
 
-    def initial(folder: str) -> None:
-        for part in ("mcore", "reference"):
-            load_weights(Path(folder) / part, chunks)
+    def initial(folder: Path) -> None:
+        for part in PARTS:
+            load_weights(folder / part, chunks)
 
-    found = [(error(lambda: resume(folder)), error(lambda: initial(folder))) for folder in checkpoints[:-1]]
-    assert not found or not list(Path(checkpoints[0]).parents[1].glob("marker"))
+    roots = [Path(run) / "checkpoints" for run in runs]
+    found = [(error_of(partial(resume, root)), error_of(partial(initial, root / NEWER))) for root in roots]
     with contextlib.suppress(ValueError):  # core 0.19 takes the exploit's result for the common state
-        dist_checkpointing.load(model_state(chunks), f"{checkpoints[-1]}/mcore")
+        dist_checkpointing.load(model_state(chunks), f"{control}/mcore")
     close(layout)
     return found
 
 
-def test_no_exploit_in_a_checkpoint_runs_in_a_resume_or_as_initial_weights(
+def test_no_exploit_in_any_file_of_a_checkpoint_runs_in_a_resume_or_as_initial_weights(
     model: Path, original: Path, tmp_path: Path
 ) -> None:
+    """The manifest matches the exploit, so that it is read."""
     marker, unguarded = tmp_path / "marker", tmp_path / "unguarded"
-    checkpoints = hostile(original, tmp_path, marker)
-    control = Path(shutil.copytree(original, tmp_path / "control"))
+    runs = hostile_runs(original, tmp_path / "runs", marker, sealed=True)
+    control = Path(shutil.copytree(original / "checkpoints" / NEWER, tmp_path / "control"))
     hide_in_tensor_files(control / "mcore", unguarded, objects=True)
-    (errors,) = run_ranks(1, rank_try, str(model), [*map(str, checkpoints.values()), str(control)])
+    (errors,) = run_ranks(1, rank_try, str(model), [str(run.dir) for run in runs], str(control))
     assert not marker.exists()
     assert unguarded.exists(), "Megatron's own reading must run the exploit, else this test shows nothing"
-    for file, (resumed, initial) in zip(checkpoints, errors, strict=True):
-        assert file in resumed, resumed
-        if not file.endswith("trainer_state.json"):
-            assert file in initial, initial
+    for run, (resumed, initial) in zip(runs, errors, strict=True):
+        file = named_by_a_resume(run.name)
+        assert (file in resumed) if file else not resumed, (run, resumed)
+        is_read = run.name == MANIFEST or (run.name.startswith(PARTS) and not run.name.startswith("mcore/hf/"))
+        assert (f"{run.checkpoint}/{run.name}" in initial) if is_read else not initial, (run, initial)
+
+
+def named_by_a_resume(name: str) -> str:
+    """Return the text that the error of a resume has for a hostile file; nothing if there is no error."""
+    if name.startswith(NOT_IN_A_RESUME):
+        return ""
+    return f"{NEWER}: a file leader_*.bin is damaged" if name.startswith("leader_") else f"{NEWER}/{name}: "
+
+
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    """Give the package's logger its settings back, which commands change."""
+    logger = logging.getLogger("megatron_dypo")
+    handlers, level, propagates = [*logger.handlers], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagates
+    logger.setLevel(level)
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def evaluate(run_dir: Path) -> None:
+    """Read what `megatron-dypo eval` reads before it starts servers."""
+    load_tokenizer(hf_folder_of(str(run_dir)))
+
+
+@pytest.mark.usefixtures("own_log")
+def test_no_exploit_in_any_file_of_a_checkpoint_runs_in_a_command(original: Path, tmp_path: Path) -> None:
+    """The manifest matches the exploit, so that it is read. A probe loads the weights as a resume does."""
+    marker = tmp_path / "marker"
+    for run in hostile_runs(original, tmp_path / "runs", marker, sealed=True):
+        is_manifest, is_configuration = run.name == MANIFEST, run.name.startswith("mcore/hf/")
+        is_read = run.name.startswith(IN_AN_EXPORT) and run.inside != "objects"
+
+        listed = command("checkpoints", run.dir, "--verify")
+        assert listed.exit_code == (65 if is_manifest else 0), (run, listed.output)
+        assert (f"DAMAGED: {run.name}: " in listed.output) == is_manifest, (run, listed.output)
+
+        exported = command("export", run.dir, "--out", run.dir / "out")
+        assert isinstance(exported.exception, ValueError) == is_read, (run, exported.exception)
+        assert (f"{run.checkpoint}/{run.name}: " in str(exported.exception)) == is_read, (run, exported.exception)
+        assert (f"DAMAGED CHECKPOINT: {run.checkpoint}/{MANIFEST}: " in exported.output) == is_manifest, run
+
+        evaluated = error_of(partial(evaluate, run.dir))
+        is_named = is_read or is_manifest or is_configuration
+        assert (f"/{Path(run.name).name}: " in evaluated) == is_named, (run, evaluated)
+
+        probed = present(probe_target(run.dir).checkpoint)
+        assert probed == run.root / (OLDER if run.name == STATE else NEWER), run
+        assert (find_damage(probed, "full") is not None) == is_manifest, run
+    assert not marker.exists()
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_file_that_became_an_exploit_is_damage_and_the_older_checkpoint_is_taken(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest is that of the run, as whoever changes one file leaves it."""
+    marker = tmp_path / "marker"
+    for run in hostile_runs(original, tmp_path / "runs", marker, sealed=False):
+        if run.inside != "all":
+            continue  # it changes two files
+        is_damage, damage = run.name != TRACKER, f"DAMAGED CHECKPOINT: {run.checkpoint}/{run.name}: "
+
+        listed = command("checkpoints", run.dir)
+        assert listed.exit_code == (65 if is_damage else 0), run
+        assert (f"DAMAGED: {run.name}: " in listed.output) == is_damage, (run, listed.output)
+
+        exported = command("export", run.dir)
+        assert exported.exit_code == 0, (run, exported.exception)
+        assert (damage in exported.output) == is_damage, (run, exported.output)
+        assert (run.dir / "exports" / (OLDER if is_damage else NEWER)).is_dir(), run
+
+        capsys.readouterr()
+        assert newest_whole(candidates(run.root), "full", ALONE) == run.root / (OLDER if is_damage else NEWER), run
+        assert (damage if is_damage else f"{run.root}/{TRACKER}: names no checkpoint") in capsys.readouterr().err, run
+    assert not marker.exists()
 
 
 def test_no_exploit_in_a_checkpoint_runs_in_a_converter(original: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    for number, (file, checkpoint) in enumerate(hostile(original, tmp_path, marker).items()):
-        part = Path(file).parent
-        if part == checkpoint or Path(file).name in ("common.pt", "metadata.json") or "objects" in file:
-            continue  # a converter does not read them
-        try:
-            mcore_to_hf(part, tmp_path / f"out_{number}", show_progress=False)
-        except ValueError as error:
-            assert file in str(error)
+    marker, beside = tmp_path / "marker", ("mcore/hf/config.json", "mcore/hf/generation_config.json", MANIFEST)
+    for run in hostile_runs(original, tmp_path / "runs", marker, sealed=True):
+        for part in PARTS:
+            convert = partial(mcore_to_hf, run.checkpoint / part, run.dir / part, show_progress=False)
+            error, reads = error_of(convert), (f"{part}/.metadata", f"{part}/__", *beside)
+            is_read = run.name.startswith(reads) and run.inside != "objects"
+            assert (f"{run.checkpoint}/{run.name}: " in error) == bool(error) == is_read, (run, error)
     assert not marker.exists()
-
-
-@pytest.mark.parametrize("make", [pickled, saved_by_torch])
-def test_a_state_of_transformer_engine_that_would_run_code_is_refused(
-    make: Callable[[Path], bytes], tmp_path: Path
-) -> None:
-    """Transformer Engine unpickles a tensor of bytes, or loads a stream."""
-    marker = tmp_path / "marker"
-    content = make(marker)
-    for state in (torch.frombuffer(bytearray(content), dtype=torch.uint8), io.BytesIO(content)):
-        with pytest.raises(ValueError, match=r"^linear_fc1\._extra_state: "):
-            require_plain_state("linear_fc1._extra_state", state)
-    assert not marker.exists()
-
-
-def test_states_of_tensors_and_numbers_pass() -> None:
-    state = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(4, 3), "extra_fp8_variables": {"a": (1, "b")}}
-    content = pickle.dumps(state, protocol=3)
-    by_megatron = content.replace(b"ctorch.storage\n_load_from_bytes", b"cmegatron.core.safe_globals\nsafe_load_from_bytes")
-    for one in (pickle.dumps(state), content, by_megatron):  # the last is that of core 0.17 and later
-        require_plain_state("s", torch.frombuffer(bytearray(one), dtype=torch.uint8))
-    stream = io.BytesIO()
-    torch.save([state], stream)
-    stream.seek(0)
-    require_plain_state("s", stream)
-    assert len(torch.load(stream, weights_only=True)) == 1, "the stream must be at its beginning again"
-    for empty in (None, torch.empty(0, dtype=torch.uint8)):
-        require_plain_state("s", empty)
-
-
-@pytest.mark.parametrize("before", [None, "0"])
-def test_transformer_engine_may_unpickle_only_while_checked_states_are_loaded(
-    before: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-    if before is None:
-        monkeypatch.delenv(name, raising=False)
-    else:
-        monkeypatch.setenv(name, before)
-    with pytest.raises(ZeroDivisionError), te_may_unpickle():
-        assert os.environ[name] == "1"
-        raise ZeroDivisionError
-    assert os.environ.get(name) == before
-
-
-@pytest.mark.parametrize(
-    "name", ["builtins.eval", "os.system", "torch.load", "torch.distributed.checkpoint.filesystem.FileSystemReader"]
-)
-def test_metadata_knows_only_its_own_classes(name: str, tmp_path: Path) -> None:
-    module, _, attribute = name.rpartition(".")
-    path = tmp_path / ".metadata"
-    path.write_bytes(f"c{module}\n{attribute}\n.".encode())
-    with pytest.raises(ValueError, match=rf"^{path}: damaged: refused, since it would run code: it asks for {name}$"):
-        load_metadata(path)
 
 
 def test_metadata_that_leads_out_of_its_folder_is_refused(original: Path, tmp_path: Path) -> None:
-    metadata = pickle.loads((original / "mcore" / ".metadata").read_bytes())
+    metadata = pickle.loads((original / "checkpoints" / NEWER / "mcore" / ".metadata").read_bytes())
     next(iter(metadata.storage_data.values())).relative_path = "../__0_0.distcp"
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(metadata))

@@ -49,12 +49,14 @@ def find_latest(root: str | Path) -> Path | None:
     """Return the newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost.
 
     A tracker counts as lost if it is empty, holds no step or names a folder that is not whole; a crash can leave such a
-    tracker. A folder is whole if its ``trainer_state.json``, which is written after the weights, can be read.
+    tracker. A folder is whole if its ``trainer_state.json``, which is written after the weights, can be read. A line
+    tells if the tracker names an older folder than the newest.
     """
     root = Path(root)
     steps = whole_folders(root)
     tracked = _tracked(root)
     if tracked in steps:
+        _tell_of_newer(tracked, steps[-1])
         return tracked
     if tracked is not None and steps:
         log.warning("%s: names no whole checkpoint; taking %s", root / TRACKER, steps[-1])
@@ -64,12 +66,14 @@ def find_latest(root: str | Path) -> Path | None:
 def candidates(root: str | Path) -> list[Path]:
     """Return the folders that may be the checkpoint to resume from, best first; whether they are whole is not known.
 
-    The tracker's is first, then older ones. Without a usable tracker all count, the newest first.
+    The tracker's is first, then older ones; a line tells if there is a newer one. Without a usable tracker all count,
+    the newest first.
     """
     root = Path(root)
     found = sorted(filter(Path.is_dir, _named(root)), key=step_of, reverse=True)
     tracked = _tracked(root)
     if tracked in found:
+        _tell_of_newer(tracked, found[0])
         return found[found.index(tracked) :]
     if tracked is not None and found:
         log.warning("%s: names no checkpoint; beginning with %s", root / TRACKER, found[0])
@@ -102,6 +106,23 @@ def _tracked(root: Path) -> Path | None:
         return None
     text = path.read_bytes().strip(b" \t\r\n\0").decode("ascii", errors="replace")
     return folder_of(root, int(text)) if re.fullmatch(r"[0-9]{1,18}", text) else path
+
+
+def _tell_of_newer(tracked: Path, newest: Path) -> None:
+    """Say loudly that the tracker names an older checkpoint than the newest.
+
+    A user may have set it back, so it is obeyed. It has no checksum: a flipped bit makes 100 of 300.
+    """
+    if tracked != newest:
+        log.warning(
+            "OLDER CHECKPOINT: %s names %s, and %s is newer: taking %s, as a tracker that was set back asks for; if "
+            "nobody set it back, write %d into it",
+            tracked.parent / TRACKER,
+            tracked.name,
+            newest.name,
+            tracked.name,
+            step_of(newest),
+        )
 
 
 def remove_partials(root: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 The checksum is CRC-32 of the standard library. It finds every change of up to 32 adjacent bits, and of other damage all
 but one in four billion; it is no protection against an attacker, for whom nothing in a checkpoint is executed
-(:mod:`megatron_dypo.mcore.checkpoints.restricted`). Large files have one checksum for each block, so that ranks share
+(:mod:`megatron_dypo.mcore.compat.restricted_pickle`). Large files have one checksum for each block, so that ranks share
 the reading of a file.
 """
 

@@ -58,6 +58,41 @@ def test_the_tracker_outranks_the_highest_step(tmp_path):
     assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
+def told(caplog):
+    """Return the lines that were logged, and forget them."""
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+@pytest.mark.parametrize("choose", [folder.find_latest, lambda root: folder.candidates(root)[0]])
+def test_a_tracker_that_names_an_older_checkpoint_than_the_newest_is_obeyed_and_told(tmp_path, caplog, choose):
+    for step in (100, 200, 300):
+        publish(tmp_path, step)
+    assert choose(tmp_path) == tmp_path / "step_000300"
+    assert told(caplog) == []
+    (tmp_path / folder.TRACKER).write_text("100")
+    assert choose(tmp_path) == tmp_path / "step_000100"
+    (line,) = told(caplog)
+    both = "names step_000100, and step_000300 is newer: "
+    assert line.startswith(f"OLDER CHECKPOINT: {tmp_path}/{folder.TRACKER} {both}")
+
+
+@pytest.mark.parametrize("choose", [folder.find_latest, lambda root: folder.candidates(root)[0]])
+def test_a_flipped_bit_of_the_tracker_is_told_or_changes_nothing(tmp_path, caplog, choose):
+    for step in range(1, 301):
+        folder.folder_of(tmp_path, step).mkdir()
+        (folder.folder_of(tmp_path, step) / folder.STATE).write_text("{}")
+    chosen = set()
+    for bit in range(8 * len(b"300")):
+        flipped = bytearray(b"300")
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / folder.TRACKER).write_bytes(flipped)
+        chosen.add(folder.step_of(choose(tmp_path)))
+        assert told(caplog), flipped
+    assert chosen == {300, 200, 100, 30}, "the flips that make 200, 100 and '30 ' name another checkpoint"
+
+
 def test_without_a_tracker_the_highest_step_counts(tmp_path):
     for step in (9, 10, 1_000_000):
         publish(tmp_path, step)
