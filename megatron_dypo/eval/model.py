@@ -26,22 +26,22 @@ def hf_folder_of(model: str) -> Path:
     if (path / "config.json").is_file():
         return path
     if (path / CHECKPOINTS).is_dir():
-        return _exported(path, max(whole_checkpoints(path / CHECKPOINTS), default=None))
+        newest = max(whole_checkpoints(path / CHECKPOINTS), default=0)
+        return _export_of(path, newest) or export_run(path, keep=True)
     name = path.name.removeprefix("step_")
     if path.is_dir() and path.resolve().parent.name == CHECKPOINTS and name.isdecimal():
-        return _exported(path.resolve().parent.parent, int(name))
+        run_dir = path.resolve().parent.parent
+        return _export_of(run_dir, int(name)) or export_run(run_dir, step=int(name))
     raise ValueError(
         f"{model}: no config.json there, no folder {CHECKPOINTS}, and no checkpoint of a run; a model is an HF folder, "
         "a run folder or RUN/checkpoints/step_N, or with --url and --api chat or completions a name at the endpoint"
     )
 
 
-def _exported(run_dir: Path, step: int | None) -> Path:
-    if step is not None:
-        target = run_dir / EXPORTS / f"step_{step:06d}"
-        if (target / "config.json").is_file():
-            return target
-    return export_run(run_dir, step=step)
+def _export_of(run_dir: Path, step: int) -> Path | None:
+    """Return the HF folder of a step if it was exported before."""
+    target = run_dir / EXPORTS / f"step_{step:06d}"
+    return target if (target / "config.json").is_file() else None
 
 
 def weights_identity(folder: Path) -> str:

@@ -29,6 +29,7 @@ def export_run(
     step: int | None = None,
     out_dir: Path | None = None,
     overwrite: bool = False,
+    keep: bool = False,
     quantization: Quantization = "none",
     show_progress: bool = True,
 ) -> Path:
@@ -38,6 +39,7 @@ def export_run(
         step: step of the checkpoint. None: the newest whole one; a line names the damage of newer ones.
         out_dir: the HF folder; it appears when everything is written. None: ``run_dir/exports/step_<step>``.
         overwrite: replace an existing HF folder.
+        keep: return an existing HF folder as it is.
 
     Returns:
         The HF folder.
@@ -56,6 +58,8 @@ def export_run(
     target = out_dir if out_dir is not None else run_dir / EXPORTS / f"step_{chosen:06d}"
     if root.resolve() in (target.resolve(), *target.resolve().parents):
         raise ValueError(f"{target}: must not be among the checkpoints of the run")
+    if keep and (target / "config.json").is_file():
+        return target
     _check_target(target, overwrite)
     mcore_to_hf(
         found[chosen],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dypo.eval.model import hf_folder_of
 from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
 from megatron_dypo.mcore.checkpoints.export_run import export_run, whole_checkpoints
 from megatron_dypo.parallel.mesh import Mesh
@@ -61,6 +62,20 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_said(missing, origina
     with pytest.raises(ValueError, match=r"^step=1000000: no whole checkpoint of it in .*; there are 100, 200$"):
         export_run(run, step=1_000_000)
     assert not (run / "exports" / "step_1000000").exists()
+
+
+def test_an_evaluation_of_a_run_takes_the_newest_checkpoint_that_is_not_damaged(original, run, monkeypatch, caplog):
+    damaged = run / "checkpoints" / "step_1000000"
+
+    def find_damage(checkpoint: Path, *_: object, **__: object) -> str | None:
+        return "mcore/__0_0.distcp: a bit has flipped" if checkpoint == damaged else None
+
+    monkeypatch.setattr("megatron_dypo.mcore.checkpoints.export_run.find_damage", find_damage)
+    for _ in range(2):
+        assert hf_folder_of(str(run)) == run / "exports" / "step_000200"
+    assert holds(run / "exports" / "step_000200", models(original)[200])
+    assert f"DAMAGED CHECKPOINT: {damaged}/mcore/__0_0.distcp: a bit has flipped" in caplog.text
+    assert hf_folder_of(str(run / "checkpoints" / "step_000100")) == run / "exports" / "step_000100"
 
 
 def test_a_step_that_is_not_there_names_those_that_are(run):
