@@ -37,7 +37,9 @@ def rank_finish(path: str, folder: str) -> dict[str, Any]:
         "evaluated": _evaluated(*start("evaluated", steps=9)),
         "start": [_started(*start(f"start_{bad_steps}"), bad_steps) for bad_steps in (0, 2)],
         "trained": _trained(*start("trained")),
-        "ends": {(cause, steps): _ended(*start(f"{cause}_{steps}"), cause, steps) for cause in CAUSES for steps in (0, 1)},
+        "ends": {
+            (cause, steps): _ended(*start(f"{cause}_{steps}"), cause, steps) for cause in CAUSES for steps in (0, 1)
+        },
         "saved twice": _saved_twice(*start("saved_twice", every=1)),
     }  # fmt: skip
     close(layout)
@@ -98,10 +100,9 @@ def _spoilt(groups: Any) -> Any:
 
 def _evaluated(run: Any, recorder: Any) -> Any:
     """Make one step of a batch of two against a server, with an evaluation after every step."""
-    from megatron_dypo.loop.train import train_step
-    from tests.support.loop_cases import make_step
     from tests.support import loop_cases
     from tests.support.fake_sglang import FakeSGLang
+    from tests.support.loop_cases import make_step
 
     settings = loop_cases.aime(every=1)
     run.config = dataclasses.replace(run.config, eval=settings)
@@ -158,8 +159,8 @@ def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
 def _saved_twice(run: Any, recorder: Any) -> Any:
     """End a run whose last step is saved already."""
     from megatron_dypo.loop.resume import save_unless_saved
-    from tests.support.loop_cases import make_step
     from megatron_dypo.mcore.checkpoints.folder import find_latest
+    from tests.support.loop_cases import make_step
 
     put(run, batch_of(0))
     make_step(run)

@@ -218,13 +218,19 @@ def test_a_model_that_would_be_computed_otherwise_is_refused(changes, message, m
     config = json.loads((models["nemotron"] / "config.json").read_text())
     _copy(models["nemotron"], tmp_path, load_file(models["nemotron"] / "model.safetensors"), {**config, **changes})
     for error in run_ranks(2, rank_error, str(tmp_path), {"tensor": 2}):
-        assert message in error and bool(message) == bool(error)
+        assert message in error
+        assert bool(message) == bool(error)
         assert "\n" not in error
 
 
 def test_an_output_layer_that_the_embedding_is_not_is_refused_where_the_provider_ties_them(models, tmp_path) -> None:
     config = json.loads((models["gemma"] / "config.json").read_text())
-    _copy(models["gemma"], tmp_path, load_file(models["gemma"] / "model.safetensors"), config | {"tie_word_embeddings": False})
+    _copy(
+        models["gemma"],
+        tmp_path,
+        load_file(models["gemma"] / "model.safetensors"),
+        config | {"tie_word_embeddings": False},
+    )
     (error,) = run_ranks(1, rank_error, str(tmp_path), {})
     assert error.endswith("provider has share_embeddings_and_output_weights=True: config.json says False")
 
@@ -256,7 +262,10 @@ def rank_option(path: str, options: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention_backend": "local"}, "model.megatron.attention_backend=local: must be another with model.family=bridge"),
+        (
+            {"attention_backend": "local"},
+            "model.megatron.attention_backend=local: must be another with model.family=bridge",
+        ),
         ({"num_layers": 2}, "model.megatron.num_layers=2: cannot be set here"),
         ({"cpu_offloading": True, "cpu_offloading_num_layers": 99}, "model.megatron={'cpu_offloading': True, "),
         ({"attention_backend": "unfused"}, ""),
@@ -264,7 +273,8 @@ def rank_option(path: str, options: dict[str, Any]) -> str:
 )
 def test_an_option_that_it_cannot_take_is_refused_in_one_line(options, message, models) -> None:
     (error,) = run_ranks(1, rank_option, str(models["nemotron"]), options)
-    assert error.startswith(message) and bool(message) == bool(error)
+    assert error.startswith(message)
+    assert bool(message) == bool(error)
     assert "\n" not in error
 
 

@@ -19,8 +19,8 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     from megatron_dypo.loop.books.ledger import Ledger
     from megatron_dypo.loop.ranks import MeshRanks
     from megatron_dypo.loop.resume import drawn_state
-    from megatron_dypo.parallel.groups import close
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.rollout.server.process import ServerDiedError
     from tests.support.fake_sglang import FakeSGLang
     from tests.support.loop_cases import collect_groups, leader_of, make_config, make_run, mixed, right

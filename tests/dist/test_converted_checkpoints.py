@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import queue
 import filecmp
+import queue
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import KINDS, make_hf_model
 
@@ -58,8 +58,8 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
 
 
 def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.mcore.chunks import named_global_weights
+    from megatron_dypo.models.architecture import load_architecture
 
     hf = root / "hf" / kind
     arch = load_architecture(hf)

@@ -1,6 +1,5 @@
 """Samples between replicas and inside one, over real gloo groups."""
 
-from tests.support.present import present
 import dataclasses
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch.distributed as dist
 
 from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.objective_cases import random_groups
+from tests.support.present import present
 
 
 def work(sample):

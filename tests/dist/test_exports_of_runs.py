@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
 import filecmp
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +32,14 @@ CASES = {
     "tensor and experts": ("qwen3_moe", 4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, {}),
 }
 """Model, ranks, axes and options of the run."""
-QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts", "latent attention", "stacked experts")
+QUICK = (
+    "one rank, bf16",
+    "pipeline, tied embeddings",
+    "virtual pipeline",
+    "experts",
+    "latent attention",
+    "stacked experts",
+)
 """Cases that are not left to the slow tests."""
 STOP_IDS = (2, 7)
 """Ids at which the policy stops; generation_config.json of the model names the first one."""
@@ -47,8 +54,8 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     from megatron_dypo.mcore.chunks import named_global_weights
     from megatron_dypo.mcore.reference import ReferencePolicy
     from megatron_dypo.mcore.start import start_megatron
-    from megatron_dypo.parallel.groups import close
     from megatron_dypo.models.export import export_hf
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
     layout = start_megatron(parallel)
@@ -58,9 +65,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     def export(name: str, **options: Any) -> None:
         params = named_global_weights(session.chunks)
         out_dir = f"{run_dir}/expected/{name}"
-        export_hf(
-            params, session.arch, layout, out_dir=out_dir, reference_hf_path=path, stop_ids=STOP_IDS, **options
-        )
+        export_hf(params, session.arch, layout, out_dir=out_dir, reference_hf_path=path, stop_ids=STOP_IDS, **options)
 
     export("reference")
     for step in (1, 2):

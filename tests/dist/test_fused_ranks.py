@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
-from tests.support.present import present
+
 import numpy as np
 import pytest
 import torch
 
 from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.hf_models import make_hf_model
+from tests.support.present import present
 
 NUM_ROWS, HIDDEN, VOCAB = 9, 16, 21
 BUDGETS = (1, 4 * 11 * 4, 2**20)
@@ -111,12 +112,12 @@ def rank_model(path: str, axes: dict[str, Any], dtype: Any, logprob_memory_mib: 
     """Return this rank's main gradients after two backward passes through log-probs, then through whole logits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
@@ -201,11 +202,11 @@ LOGITS_MB = MANY * WIDE * 4 / 2**20
 
 def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
     """Return the peak MiB of a forward and a backward pass under each budget for logits."""
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.parallel.groups import close
 
     layout, arch, peaks = start_megatron(ParallelConfig()), load_architecture(path), []

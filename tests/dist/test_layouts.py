@@ -5,16 +5,15 @@ A row is a line of ``ROWS``. Rows of the same world size share one start of proc
 
 from __future__ import annotations
 
-from typing import Any
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.objective import ImportanceConfig
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 from megatron_dypo.types import Treatment
 from tests.support.dist.layout_gradients import Row, rank_rows
 from tests.support.dist.literal_objective import is_trusted, literal_gradients, literal_logprobs
@@ -37,7 +36,9 @@ BY_SEQUENCE: dict[str, dict[str, Any]] = {
     "all": {
         "ratio": "sequence",
         "gal_clip": "sequence",
-        "importance": ImportanceConfig(cap=1.3, token_bounds=(0.5, 2.0), sequence_bounds=(0.7, 1.4), sequence_max_gap=0.5),
+        "importance": ImportanceConfig(
+            cap=1.3, token_bounds=(0.5, 2.0), sequence_bounds=(0.7, 1.4), sequence_max_gap=0.5
+        ),
     },
 }
 """Options that depend on whole sequences, which context parallelism cuts."""
@@ -74,7 +75,10 @@ ROWS = {
     "pp2 vpp2, full, tied": Row(ranks=2, axes=VPP, recompute="full", kind="llama_tied", passes=((MEAN, 6),)),
     "pp2, 1 + 3 layers, tied": Row(ranks=2, axes=PP | {"first_stage_layers": 1}, kind="llama_tied"),
     "pp2 vpp2, 2 + 4 layers": Row(
-        ranks=2, axes=VPP | {"first_stage_layers": 2, "last_stage_layers": 4}, kind="qwen3, 6 layers", passes=((TOKEN, 2),)
+        ranks=2,
+        axes=VPP | {"first_stage_layers": 2, "last_stage_layers": 4},
+        kind="qwen3, 6 layers",
+        passes=((TOKEN, 2),),
     ),
     "dp2": Row(ranks=2, passes=EVERY),
     "dp2, sharded": Row(ranks=2, **SHARDED, passes=((CONSTANT, 2),)),
@@ -199,7 +203,9 @@ def groups():
         sample.old_logp = near
         sample.ref_logp = near + rng.normal(0, 0.3, len(near)).astype(np.float32)
         sample.rollout_logp = near + rollout_rng.normal(0, 0.4, len(near)).astype(np.float32)
-        sample.routes = random_routes(sample, layers=4, per_token=2, num_experts=4, seed=100 * sample.order + sample.member)
+        sample.routes = random_routes(
+            sample, layers=4, per_token=2, num_experts=4, seed=100 * sample.order + sample.member
+        )
     return made
 
 
@@ -218,7 +224,9 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(paths, request):
     """Return row → its ranks' results; the processes of a world size start once for all its rows."""
-    chosen = {item.callspec.params["name"] for item in request.session.items if "name" in getattr(item, "fixturenames", ())}
+    chosen = {
+        item.callspec.params["name"] for item in request.session.items if "name" in getattr(item, "fixturenames", ())
+    }
 
     @functools.cache
     def world(ranks):
@@ -291,7 +299,9 @@ def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
         np.testing.assert_allclose(ours[key], logp, atol=2e-5, err_msg=str(key))
     traces = [(s.order, s.member) for g in groups() for s in g if s.treatment is Treatment.DISTILL]
     rollouts = [s for g in groups() for s in g if s.treatment is Treatment.REINFORCE]
-    sums_of_passes = ((index, sums) for rank in ranks for (index, _), sums in zip(row.passes, rank.statistics, strict=True))
+    sums_of_passes = (
+        (index, sums) for rank in ranks for (index, _), sums in zip(row.passes, rank.statistics, strict=True)
+    )
     for objective, sums in sums_of_passes:
         bounds = dataclasses.replace(OBJECTIVES[objective].importance, token_bounds=None)
         masked = sum(not any(is_trusted(s, bounds)) for s in rollouts)

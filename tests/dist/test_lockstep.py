@@ -1,7 +1,7 @@
 """Steps that all ranks take together: an error on one rank is raised on all ranks at once."""
 
-from typing import Any
 import os
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +13,7 @@ DEADLINE_S = 3600.0
 """Deadline of the steps. It is longer than any test may take: nobody can have waited for it."""
 
 
-class Odd(Exception):
+class OddError(Exception):
     """An error of an unexpected kind."""
 
 
@@ -29,7 +29,7 @@ def fail(kind):
         raise ServerError("http://h:1: no answer", "http://h:1")
     raise {
         "key": KeyError("layers.7"),
-        "odd": Odd(),
+        "odd": OddError(),
         "value": ValueError("refit.bucket_mib=0: must be positive"),
         "memory": MemoryError(),
         "disk": OSError(28, "No space left on device"),
@@ -50,7 +50,7 @@ def step_ranks(kinds):
         try:
             fails = rank == 1 or index == len(kinds) - 1
             lockstep.run((lambda kind=kind: fail(kind)) if fails else None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (any kind is returned)
             seen.append((type(error).__name__, str(error), cause_of(error), getattr(error, "lost", ())))
         else:
             seen.append(None)
@@ -64,7 +64,7 @@ ON_ALL = {
     "key": ("KeyError: 'layers.7'", Cause.BUG),
     "assert": ("AssertionError: one is not two", Cause.BUG),
     "attribute": ("AttributeError: 'NoneType' object has no attribute 'missing'", Cause.BUG),
-    "odd": ("Odd: ", Cause.BUG),
+    "odd": ("OddError: ", Cause.BUG),
     "stop": ("StopIteration: ", Cause.BUG),
     "value": ("refit.bucket_mib=0: must be positive", None),
     "memory": ("MemoryError: ", Cause.OUT_OF_MEMORY),
@@ -116,7 +116,7 @@ def rank_dies(path):
         lockstep.run(lambda: os._exit(9))
     try:
         lockstep.run(lambda: fail("key"))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 (any kind is written down)
         path.write_text(f"{type(error).__name__} {error}")
 
 

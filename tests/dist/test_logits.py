@@ -69,7 +69,9 @@ def test_without_its_scaling_a_model_has_other_logits(models, expected) -> None:
     """The tolerance above notices missing scaling, on short sequences too (by the attention factor)."""
     load = import_transformers().AutoModelForCausalLM.from_pretrained
     for name in SCALED:
-        plain = load(models[name], dtype=torch.float32, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+        plain = load(
+            models[name], dtype=torch.float32, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}
+        )
         with torch.no_grad():
             logits = plain(torch.tensor(rows()[0][1])[None]).logits[0].numpy()
         start = LENGTHS[0][0]

@@ -68,6 +68,7 @@ def test_a_group_scored_with_others_has_the_bits_of_the_group_alone(tmp_path: Pa
     assert len(scores["together"]) == 10
     assert scores["together"] == scores["alone"]
     together, packed = (
-        np.concatenate([np.frombuffer(logp, np.float32) for logp in scores[name]]) for name in ("together", "in any pack")
+        np.concatenate([np.frombuffer(logp, np.float32) for logp in scores[name]])
+        for name in ("together", "in any pack")
     )
     np.testing.assert_allclose(together, packed, atol=1e-5)

@@ -5,21 +5,21 @@ The gradient of the whole objective is checked by the rows of ``test_layouts.py`
 
 from __future__ import annotations
 
-from typing import Any
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.batching.pack import alignment, pack, padded_lengths, microbatch_length, sequence_alignment
+from megatron_dypo.batching.pack import alignment, microbatch_length, pack, padded_lengths, sequence_alignment
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import build_objective
 from tests.support.dist.literal_objective import float64_model, hf_gradients, response_logp
-from tests.support.dist.spawn import run_ranks
 from tests.support.dist.logits import rank_logits, rows
+from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import MOE_KINDS, import_transformers, make_hf_model
 from tests.support.objective_cases import random_groups
 
@@ -75,11 +75,11 @@ def _path(root):
 
 def rank_scores(path, axes, samples):
     """Return the log-probs of the samples, all of which the first replica holds."""
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
-    from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.logprobs import sequence_logprobs
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
@@ -115,31 +115,39 @@ def balance_samples():
 
 def rank_balance_gradients(path, axes):
     """Return the gradients of the load-balancing loss alone (all token weights are zero), their norm, the metric."""
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.training import OptimizerConfig
-    from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
+    from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.moe_router import balance_metrics
+    from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.start import start_megatron
-    from megatron_dypo.parallel.groups import close
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.models.gather import iter_hf_tensors, sent_params
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
     layout = start_megatron(parallel)
     arch = load_architecture(path)
-    model = ModelConfig(hf_path=path, dtype="float32", moe_aux_loss_coef=AUX_LOSS_COEF, recompute=RECOMPUTE[layout.pipeline])
+    model = ModelConfig(
+        hf_path=path, dtype="float32", moe_aux_loss_coef=AUX_LOSS_COEF, recompute=RECOMPUTE[layout.pipeline]
+    )
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-3, eps=1.0), dtype="float32", total_steps=1)
     samples = balance_samples()
     per_sequence = sequence_alignment(layout.context)
-    length = microbatch_length(padded_lengths(samples, per_sequence), MEMBERS, 2 * alignment(layout.tensor, layout.context))
+    length = microbatch_length(
+        padded_lengths(samples, per_sequence), MEMBERS, 2 * alignment(layout.tensor, layout.context)
+    )
     mine = [pack(samples, members, length, per_sequence) for members in MEMBERS[layout.dp_rank :: layout.data]]
     optimizer.zero_grad()
-    loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], objective=build_objective(ObjectiveConfig()))
+    loss_pass(
+        chunks,
+        [shard(row, layout.cp_rank, layout.context) for row in mine],
+        objective=build_objective(ObjectiveConfig()),
+    )
     grads = sent_params([(name, main_grad(p)) for name, p in named_global_parameters(chunks)], arch, layout)
     tensors = iter_hf_tensors(grads, arch, layout)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}

@@ -97,7 +97,9 @@ def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_eve
             for model, ours in ((old, sample.old_logp), (reference, sample.ref_logp)):
                 np.testing.assert_allclose(ours, response_logp(model, sample).detach().numpy(), atol=2e-5, rtol=0)
     moved = [np.abs(s.old_logp - s.ref_logp).max() for s in rollouts]
-    assert max(moved) > 1e-3 if mode == "exact" else max(moved) == 0, "after two updates the frozen reference is another"
+    assert max(moved) > 1e-3 if mode == "exact" else max(moved) == 0, (
+        "after two updates the frozen reference is another"
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -19,11 +19,11 @@ ROUTER = "http://127.0.0.1:9"
 def rank_open(path: str) -> dict[str, Any]:
     """Open and close the run of a config; return what it held in between."""
     from megatron_dypo.config.reading.load import load_config
-    from megatron_dypo.loop.setup.build import open_run
+    from megatron_dypo.loop.books.recorder import NoWriter
     from megatron_dypo.loop.replica import Leader
     from megatron_dypo.loop.requests import LeaderRequests
     from megatron_dypo.loop.servers import Servers
-    from megatron_dypo.loop.books.recorder import NoWriter
+    from megatron_dypo.loop.setup.build import open_run
     from megatron_dypo.rollout.router import Router
     from megatron_dypo.rollout.server.probe import http_status
 

@@ -126,6 +126,8 @@ def test_parameters_that_are_gathered_late_are_whole_for_every_reader(seen) -> N
     assert seen["late"]["waiting"] == [True, False], "a gather waits after the step, and none after a reading"
     assert seen["at once"]["waiting"] == [False, False]
     assert seen["late"]["steps"] == seen["at once"]["steps"]
-    assert seen["late"]["steps"][5] == seen["late"]["steps"][6], "the sixth update, again after the checkpoint was loaded"
+    assert seen["late"]["steps"][5] == seen["late"]["steps"][6], (
+        "the sixth update, again after the checkpoint was loaded"
+    )
     for ours, theirs in zip(seen["late"]["weights"], seen["at once"]["weights"], strict=True):
         _assert_same(ours, theirs)

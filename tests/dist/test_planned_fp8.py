@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.models.families.table import LAYER
+from megatron_dypo.models.quantized.blocks import quantize
+from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.refit_plan import make_plan
 from megatron_dypo.refit.plan.server_mesh import ServerMesh
-from megatron_dypo.models.quantized.blocks import quantize
-from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name
 from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.slices import matrix, rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
+from tests.support.architectures import make_arch
 from tests.support.dist.planned_ranks import Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import Shapes, hf_tensors, standin_server
-from tests.support.architectures import make_arch
 
 ARCH = make_arch(
     "qwen3",

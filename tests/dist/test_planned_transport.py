@@ -17,11 +17,11 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.experts import Experts
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.server_mesh import ServerMesh
+from tests.support.architectures import make_arch
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
 from tests.support.dist.spawn import RankError, run_ranks
-from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
-from tests.support.architectures import make_arch
 from tests.support.present import present
+from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
 
 WIDE = {
     "hidden_size": 128,
@@ -78,7 +78,8 @@ CASES = {
     "dense, uneven stages": (
         DENSE,
         Mesh(tensor=2, pipeline=2, first_stage_layers=3),
-        (ServerMesh(tensor=1), ServerMesh(tensor=2))),
+        (ServerMesh(tensor=1), ServerMesh(tensor=2)),
+    ),
     "tied": (TIED, Mesh(pipeline=2, data=2), (ServerMesh(tensor=2), ServerMesh(tensor=2))),
     "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (ServerMesh(tensor=2, expert=2),)),
     "copies of attention": (

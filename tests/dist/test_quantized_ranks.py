@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_dypo.models.quantized.names import Quantization
-from typing import Any
 import filecmp
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dypo.models.quantized.folder import quantize_hf
+from megatron_dypo.models.quantized.names import Quantization, is_quantized, is_scale, scale_name, scale_shape
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.refit_plan import Transfer, make_plan
-from megatron_dypo.models.quantized.folder import quantize_hf
-from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
 from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
@@ -73,13 +71,13 @@ def planned(arch, layout, kind: Quantization) -> list[Transfer]:
 
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
     """Return the bytes of every slice that this rank sends, by kind; export to ``out``, plain and in each kind."""
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.parallel.groups import close
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.models.export import export_hf
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 
     parallel, model = ParallelConfig(**axes), ModelConfig(hf_path=hf, dtype="bfloat16")
@@ -90,9 +88,7 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, n
     served: dict[str, list[tuple[Transfer, np.ndarray]]] = {}
     kinds: tuple[Quantization, ...] = ("none", *KINDS)
     for kind in kinds:
-        export_hf(
-            named.items(), arch, layout, out_dir=Path(out) / kind, reference_hf_path=hf, quantization=kind
-        )
+        export_hf(named.items(), arch, layout, out_dir=Path(out) / kind, reference_hf_path=hf, quantization=kind)
     for kind in KINDS:
         quantizer = ShardQuantizer(named.items(), arch, layout, kind)
         served[kind] = [

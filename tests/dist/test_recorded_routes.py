@@ -84,7 +84,11 @@ def literal(model: Path) -> list[Any]:
     hf, found = float64_model(str(model)), []
     for sample in make_samples():
         chosen: list[torch.Tensor] = []
-        handles = [layer.mlp.gate.register_forward_hook(lambda *call: chosen.append(call[2][2])) for layer in hf.model.layers]
+
+        def note(*call: Any, chosen: list[torch.Tensor] = chosen) -> None:
+            chosen.append(call[2][2])
+
+        handles = [layer.mlp.gate.register_forward_hook(note) for layer in hf.model.layers]
         hf(torch.tensor(sample.tokens.astype("int64"))[None])
         for handle in handles:
             handle.remove()

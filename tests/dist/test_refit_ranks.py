@@ -3,18 +3,18 @@ error of all."""
 
 from __future__ import annotations
 
-from typing import Any
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support.dist.spawn import run_ranks
-from tests.support.hf_models import make_hf_model
 from tests.support.fake_control import KEY, fake_servers
+from tests.support.hf_models import make_hf_model
 
 CASES = {
     "interleaved": ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}),
@@ -29,15 +29,15 @@ def rank_refit(
     model: str, axes: dict[str, Any], urls: list[str], run_dir: str, misshapen_on: int | None
 ) -> tuple[tuple[str, int], list[list[str]]]:
     """Refit by disk; return (error, bytes), and the tensors that leave this rank in each turn of a broadcast."""
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.parallel.groups import close
     from megatron_dypo.mcore.start import start_megatron
-    from megatron_dypo.refit.refitter import Refitter
+    from megatron_dypo.models.architecture import load_architecture
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.refit.lockstep import RefitError
+    from megatron_dypo.refit.refitter import Refitter
     from megatron_dypo.refit.source import Source
 
     parallel = ParallelConfig(**axes)

@@ -39,7 +39,14 @@ def rank_resume(path: str, root: str, options: dict[str, Any]) -> dict[str, Any]
     steps = again.train(3, 3)
     rates = {group["lr"] for group in again.optimizer.megatron.param_groups}
     close(layout)
-    return {"saved": saved, "weights": again.weights(), "fresh": fresh, "loaded": loaded, "steps": steps, "rates": rates}
+    return {
+        "saved": saved,
+        "weights": again.weights(),
+        "fresh": fresh,
+        "loaded": loaded,
+        "steps": steps,
+        "rates": rates,
+    }
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -76,7 +75,10 @@ def weighted(name, cfg, entropies):
     """Return the samples of an update with their token weights, as the trainer makes them."""
     objective = build_objective(cfg)
     count = objective.num_rollouts(K)
-    shown = [dataclasses.replace(g, rollouts=g.rollouts[:count], verdicts=g.verdicts[:count]) for g in groups(FORCED.get(name, ()))]
+    shown = [
+        dataclasses.replace(g, rollouts=g.rollouts[:count], verdicts=g.verdicts[:count])
+        for g in groups(FORCED.get(name, ()))
+    ]
     outcome = route(shown, objective, step=0, version=0, seed=0)
     routed = list(filter(None, outcome.buffered if name.endswith("/buffer") else outcome.samples))
     for sample in (s for samples in routed for s in samples if s.kind is SampleKind.ROLLOUT):
@@ -96,7 +98,9 @@ def sequence(model, prompt, response, old, reward, forced=0):
     logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)[len(prompt) - 1 : -1]
     entropy = -(logp_LV.exp() * logp_LV).sum(-1)
     logp = logp_LV.gather(1, tokens[len(prompt) :, None])[:, 0]
-    return SimpleNamespace(logp=logp, entropy=entropy, old=torch.tensor(old, dtype=torch.float64), reward=reward, forced=forced)
+    return SimpleNamespace(
+        logp=logp, entropy=entropy, old=torch.tensor(old, dtype=torch.float64), reward=reward, forced=forced
+    )
 
 
 def prompts_under(model, forced=()):

@@ -39,9 +39,13 @@ def rank_train(path: str, out_dir: str) -> list[tuple[str, str, bool]]:
 def test_a_bias_is_kept_bit_for_bit_while_the_weights_are_trained(tmp_path: Path, kind: str) -> None:
     source = make_hf_model(kind, tmp_path / "hf", dtype=torch.bfloat16)
     for seen in run_ranks(2, rank_train, str(source), str(tmp_path / "out")):
-        assert seen == [(f"decoder.layers.{layer}.mlp.router.expert_bias", "torch.float32", False) for layer in (1, 2, 3)]
+        assert seen == [
+            (f"decoder.layers.{layer}.mlp.router.expert_bias", "torch.float32", False) for layer in (1, 2, 3)
+        ]
     before = load_file(source / "model.safetensors")
-    after = {name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    after = {
+        name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     biases = [name for name in before if name.endswith("e_score_correction_bias")]
     assert len(biases) == 3
     for name in biases:

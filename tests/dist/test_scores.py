@@ -14,7 +14,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.probe.gradients import Setting, make_groups, prompt_gradients
 from megatron_dypo.probe.scores import Scores
-from megatron_dypo.types import Floats, Sample
+from megatron_dypo.types import Floats
 from tests.support.dist.literal_objective import float64_model, hf_gradients
 from tests.support.dist.score_ranks import Row, Seen, rank_scores, rank_update
 from tests.support.dist.spawn import run_ranks

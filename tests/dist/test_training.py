@@ -112,7 +112,9 @@ def _resume(new: Any, other: Any, root: str, layout: Any) -> Any:
     session = new()
     checkpoint.load(folder, chunks=session.chunks, optimizer=session.optimizer, layout=layout)
     resumed = session.train(2, 3), session.weights()
-    with pytest.raises(ValueError, match=r"keep model\.dtype, optimizer\.distributed and optimizer\.algorithm as they were"):
+    with pytest.raises(
+        ValueError, match=r"keep model\.dtype, optimizer\.distributed and optimizer\.algorithm as they were"
+    ):
         checkpoint.load(folder, chunks=session.chunks, optimizer=other().optimizer, layout=layout)
     return uninterrupted, resumed
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.dist.spawn import run_ranks
 from tests.support.dist.logits import YARN
+from tests.support.dist.spawn import run_ranks
 from tests.support.dist.training import start
 from tests.support.hf_models import make_hf_model
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -75,13 +75,13 @@ def rank_rows(
 def _row(
     row: Row, port: int, path: str, groups: Sequence[Sequence[Sample]], objectives: Sequence[ObjectiveConfig]
 ) -> Seen:
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.routing_replay import install
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.parallel.groups import close
 
     os.environ["MASTER_PORT"] = str(port)
@@ -172,10 +172,10 @@ def packed_microbatches(samples: Sequence[Sample], count: int | None, layout: Me
     """Pack ``count`` microbatches for this layout; None: one sequence each."""
     from megatron_dypo.batching.pack import (
         alignment,
+        microbatch_length,
         pack,
         padded_lengths,
         plan_microbatches,
-        microbatch_length,
         sequence_alignment,
     )
     from megatron_dypo.mcore.logprobs import round_up_microbatches

@@ -5,7 +5,6 @@ Options that the paper does not have are computed as the docstrings of the confi
 
 from __future__ import annotations
 
-from tests.support.present import present
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -20,7 +19,7 @@ from megatron_dypo.config.schedule import weight_at
 from megatron_dypo.types import Sample, SampleKind, Treatment
 from tests.support.dist.literal_routes import routed
 from tests.support.hf_models import import_transformers
-
+from tests.support.present import present
 
 Group: TypeAlias = Sequence[Sample]
 Arrays: TypeAlias = "dict[str, npt.NDArray[np.float64]]"
@@ -133,7 +132,10 @@ def log_moves(sample: Sample, logp: Tensor) -> Tensor:
 
 def mismatch(sample: Sample) -> list[float]:
     """Return π_old/π_rollout of each token."""
-    return [math.exp(float(o) - float(r)) for o, r in zip(present(sample.old_logp), present(sample.rollout_logp), strict=True)]
+    return [
+        math.exp(float(o) - float(r))
+        for o, r in zip(present(sample.old_logp), present(sample.rollout_logp), strict=True)
+    ]
 
 
 def is_trusted(sample: Sample, cfg: ImportanceConfig) -> list[bool]:

@@ -35,10 +35,10 @@ def rank_logits(paths: list[str], axes: dict[str, Any]) -> list[list[np.ndarray]
 def _model_logits(path: str, parallel: Any, layout: Any) -> list[np.ndarray]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.models.architecture import load_architecture
 
     arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype="float32")
     chunks = build_model(arch, model, parallel, layout)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, OldLogpConfig
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
+from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig, ReferenceConfig
 from megatron_dypo.config.run import CheckpointConfig, RunConfig
 from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
 from megatron_dypo.config.tree import Config
@@ -128,8 +128,8 @@ def _aged(sample: Any, age: int) -> Any:
 
 def _resume(config: Config, layout: Any) -> Any:
     """Return the weights after two updates of a batch: without a stop, and with a stop between them."""
-    from megatron_dypo.loop.resume import restore_batch, save_checkpoint
     from megatron_dypo.loop.progress import Progress
+    from megatron_dypo.loop.resume import restore_batch, save_checkpoint
     from tests.support.loop_cases import make_step
 
     run, _, policy = make_run(config, layout)
@@ -167,16 +167,16 @@ class Watched:
 
 def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
     """Make a run without servers and prompts; return it with its recorder and its policy."""
-    from megatron_dypo.loop.draws import Draws
     from megatron_dypo.loop.books.ledger import Ledger
-    from megatron_dypo.loop.setup.build_policy import build_policy
+    from megatron_dypo.loop.books.recorder import NoWriter
+    from megatron_dypo.loop.books.tally import Tally
+    from megatron_dypo.loop.draws import Draws
     from megatron_dypo.loop.ranks import MeshRanks
     from megatron_dypo.loop.replica import Books, Follower, Leader
     from megatron_dypo.loop.requests import FollowerRequests
     from megatron_dypo.loop.servers import NoRouter, Servers
-    from megatron_dypo.loop.books.recorder import NoWriter
+    from megatron_dypo.loop.setup.build_policy import build_policy
     from megatron_dypo.loop.state import Run
-    from megatron_dypo.loop.books.tally import Tally
     from megatron_dypo.metrics.samples import SampleLog
     from megatron_dypo.metrics.writer import Timings
     from megatron_dypo.objective.recipes.registry import build_objective

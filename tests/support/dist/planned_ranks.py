@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.dist.spawn import join_world
-from tests.support.refit_standins import held_names, plain_layout, shard
 from tests.support.fake_control import KEY
+from tests.support.refit_standins import held_names, plain_layout, shard
 
 BUCKET_MIB = 6
 
@@ -77,8 +77,8 @@ class Allocations(TorchDispatchMode):
 def rank_refit(refit: Refit) -> list[dict[str, Any]]:
     """Make one refit for each seed; return the result of each."""
     from megatron_dypo.config.refit import RefitConfig
-    from megatron_dypo.refit.refitter import Refitter
     from megatron_dypo.refit.lockstep import RefitError
+    from megatron_dypo.refit.refitter import Refitter
 
     if refit.prepare is not None:
         refit.prepare()

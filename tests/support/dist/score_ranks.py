@@ -105,16 +105,25 @@ def rank_update(path: str, groups: Sequence[Sequence[Sample]], cfg: Any) -> tupl
     load_initial_weights(chunks, model, arch, layout)
     flat = [sample for group in groups for sample in group]
     logps = sequence_logprobs(chunks, flat, layout=layout, budget=64) or []
-    ratios = [float(np.sum(p, dtype=np.float64) - np.sum(present(s.ref_logp), dtype=np.float64)) for p, s in zip(logps, flat, strict=True)]
+    ratios = [
+        float(np.sum(p, dtype=np.float64) - np.sum(present(s.ref_logp), dtype=np.float64))
+        for p, s in zip(logps, flat, strict=True)
+    ]
     scores = list(sequence_scores(chunks, flat, WholeGradient(arch), arch=arch, layout=layout))
     old = iter(logps)
     objective, weighted = build_objective(cfg), []
     for group in groups:
-        known = [dataclasses.replace(s, old_logp=logp, rollout_logp=logp) for s in group if (logp := next(old)) is not None]
+        known = [
+            dataclasses.replace(s, old_logp=logp, rollout_logp=logp) for s in group if (logp := next(old)) is not None
+        ]
         weights = objective.token_weights(known, totals_of(groups), 0).weights
         weighted += [dataclasses.replace(s, weights=w) for s, w in zip(known, weights, strict=True)]
     bins = [[index] for index in range(len(weighted))]
-    loss_pass(chunks, pack_microbatches(weighted, bins, layout, token_multiple=1, streams=objective.streams), objective=objective)
+    loss_pass(
+        chunks,
+        pack_microbatches(weighted, bins, layout, token_multiple=1, streams=objective.streams),
+        objective=objective,
+    )
     projector = ShardProjector(WholeGradient(arch), arch)
     total = torch.zeros(2 * projector.size, dtype=torch.float64)
     for name, parameter in named_global_parameters(chunks):

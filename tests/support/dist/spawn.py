@@ -83,9 +83,7 @@ def forking() -> Any:
     return context
 
 
-def _run(
-    pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _run(pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

@@ -66,20 +66,37 @@ def rows(update: int) -> list[np.ndarray]:
 
 
 def start(
-    path: str, layout: Any, parallel: Any, dtype: Literal["float32", "bfloat16"] = "float32", recompute: Any = "none",
-    megatron: Any = None, megatron_of_optimizer: Any = None, **optimizer: Any
+    path: str,
+    layout: Any,
+    parallel: Any,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    recompute: Any = "none",
+    megatron: Any = None,
+    megatron_of_optimizer: Any = None,
+    **optimizer: Any,
 ) -> Session:
     """Make a model with its initial weights and a fresh optimizer."""
-    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
+    from megatron_dypo.models.architecture import load_architecture
 
     config = OptimizerConfig(
-        **{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, "megatron": megatron_of_optimizer or {}, **optimizer}
+        **{
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 2,
+            "weight_decay": 0.1,
+            "eps": 1e-5,
+            "megatron": megatron_of_optimizer or {},
+            **optimizer,
+        }
     )
-    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, recompute=recompute, megatron=megatron or {})
+    arch, model = (
+        load_architecture(path),
+        ModelConfig(hf_path=path, dtype=dtype, recompute=recompute, megatron=megatron or {}),
+    )
     chunks = build_model(
         arch,
         model,
