@@ -16,12 +16,17 @@ A run may be left alone for days. This page says what each fault does to it, and
 
 `tests/dist/test_fault_matrix.py` trains with two real ranks and two stand-ins for SGLang servers, in two layouts
 ({", ".join(LAYOUTS)}). It does every fault below in every phase that is marked. Each fault leaves a *witness*, one line in a file:
-the test requires exactly one for each fault, and none in the run without faults. At the end, books, losses and accuracies of every step
-and the exported model must be those of the run without faults, bit for bit.
+the test requires exactly one for each fault, and none in the run without faults. The witness of a server's fault is the first request
+that meets it. At the end, books, losses and accuracies of every step and the exported model must be those of the run without faults,
+bit for bit. Only a killed verifier may cost groups: those that it had in its hands.
 
 - **ends**: the start ends on every rank, within the deadline, with the exit status of the cause; the next start goes on from the last
   checkpoint and the [journal](resuming.md).
-- **goes on**: no rank ends.
+- **goes on**: no rank ends, and the run shows that it goes on (the record of a step, the next fault, its end) within the deadline and a
+  usual step.
+
+The test looks for each fault in every place of the last column, and requires that a run without faults has no such line. There,
+`optimizer.on_bad_step` is `stop`.
 
 """
 
@@ -35,8 +40,10 @@ This table is `tests/support/faults/matrix.py`, rendered. Faults that need a rea
 | the router of a job is killed | it is started again, and the requests are repeated | `tests/e2e/test_slurm.py` |
 | a server behind the router is killed | no group is lost | `tests/e2e/test_sglang_router.py` |
 | a bit of a checkpoint flips; a file is truncated, emptied, deleted or doubled | the file is named and the older checkpoint taken | `tests/dist/test_damaged_checkpoints.py` |
+| all servers answer 503 for a minute | the run waits and goes on; nothing is lost | `tests/dist/test_fault_matrix.py` |
 | weights, gradients, rewards or log-probs are not finite | named with parameter, prompt, member and token; dumped; skipped, stopped or rolled back as `optimizer.on_bad_step` says | `tests/dist/test_bad_updates.py` |
 | a rank is stopped | named within three steps and a minute, with host, activity and stack | `tests/e2e/test_stalled_runs.py` |
+| a rank is slow in each step | named by the log and `perf/slowest_rank` | `tests/dist/test_busy_ranks.py` |
 | a rank, a launcher or a node of a Slurm job is lost | the trainer starts again in place, on a spare node if there is one | `tests/e2e/test_slurm.py` |
 | SIGKILL at 44 random moments of four runs | the same steps, bit for bit; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
 
@@ -145,7 +152,8 @@ def _row(name: str, row: Row) -> str:
         row.outcome if row.outcome == "goes on" else f"ends; {_causes(row.victim)}, the others {_causes(row.others)}"
     )
     marks = " | ".join("x" if phase in row.phases else "" for phase in PHASES)
-    return f"| {name} | {marks} | {outcome} | {row.deadline_s:g} s | {row.told_by} |"
+    seen = "; ".join(map(str, row.told_by))
+    return f"| {name} | {marks} | {outcome} | {row.deadline_s:g} s | {seen} |"
 
 
 def render() -> str:

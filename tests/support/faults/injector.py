@@ -10,14 +10,16 @@ import resource
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.support.faults.matrix import SERVER_FAULT_S, SLOW_FILE_S
+from tests.support.faults.server_faults import ask, await_refusal
+from tests.support.faults.witness import write_witness
 
 PARTS: Mapping[str, str] = {
     "start": "checking weights",
@@ -30,8 +32,6 @@ PARTS: Mapping[str, str] = {
     "export": "saving and exporting",
 }
 """Phase → the activity that the watchdog is told when the phase begins."""
-SERVER_FAULT_S = 4.0
-"""Time for which a server fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,14 @@ class Injection:
     """Leave out the phase as long as the run has made fewer steps in this start."""
     urls: tuple[str, ...] = ()
     """Servers, for a fault of a server."""
+    seconds: float = SERVER_FAULT_S
+    """Time for which a server fails."""
     witness: str
     """File that gets a line when the fault happens: the proof that it did."""
 
 
 class Injector:
-    """It waits for the phases of its injections. One at a time; each happens once."""
+    """It waits for the phases of its injections, one after the other; each happens once."""
 
     def __init__(self, injections: list[Injection], key: str) -> None:
         self._waiting = list(injections)
@@ -85,19 +87,25 @@ class Injector:
         megatron_policy.MegatronPolicy.__init__ = noticed_build  # type: ignore[method-assign,assignment]
 
     def _notice(self, part: str) -> None:
-        for injection in [one for one in self._waiting if PARTS[one.phase] == part]:
-            if self._steps < injection.after_step:
-                continue
-            self._waiting.remove(injection)
-            self._witness(injection)
-            FAULTS[injection.kind](self, injection)
+        if not self._waiting or part != PARTS[self._waiting[0].phase]:
+            return
+        injection = self._waiting[0]
+        if self._steps < injection.after_step or not self._takes_part(injection):
+            return
+        del self._waiting[0]
+        if not injection.urls:  # the witness of a server's fault is a request that meets it
+            write_witness(self._facts(injection))
+        FAULTS[injection.kind](self, injection)
 
-    def _witness(self, injection: Injection) -> None:
-        line = json.dumps({**asdict(injection), "pid": os.getpid(), "steps": self._steps, "time": time.time()}) + "\n"
-        with Path(injection.witness).open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+    def _takes_part(self, injection: Injection) -> bool:
+        """Return whether a server that is to go takes part in the run: it is back, and has got the weights again."""
+        if injection.kind != "a server is gone" or injection.phase == "start":
+            return True
+        with ask(f"{injection.urls[0]}/model_info", self._key) as answer:
+            return bool(json.load(answer)["weight_version"] != "default")
+
+    def _facts(self, injection: Injection) -> dict[str, Any]:
+        return {**asdict(injection), "steps": self._steps}
 
     def kill(self, injection: Injection) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -133,7 +141,7 @@ class Injector:
         self._has_slow_disk, sync = True, os.fsync
 
         def slow_sync(descriptor: Any) -> None:
-            time.sleep(0.1)
+            time.sleep(SLOW_FILE_S)
             sync(descriptor)
 
         os.fsync = slow_sync  # type: ignore[assignment]
@@ -172,10 +180,35 @@ class Injector:
     def _spoil(self, name: str) -> None:
         import torch
 
-        named = [pair for chunk in self.policy.chunks for pair in chunk.named_parameters()]
-        parameter = next(parameter for full, parameter in named if full.endswith(name))
         with torch.no_grad():
-            parameter[0, 0] = float("nan")
+            self._parameter(name)[0, 0] = float("nan")
+
+    def _parameter(self, name: str) -> Any:
+        named = [pair for chunk in self.policy.chunks for pair in chunk.named_parameters()]
+        return next(parameter for full, parameter in named if full.endswith(name))
+
+    def spoil_gradient(self, injection: Injection) -> None:
+        """Make the next gradient of one weight NaN, before it is added to those of other microbatches and replicas."""
+
+        def spoilt(gradient: Any) -> Any:
+            handle.remove()
+            return gradient * float("nan")
+
+        handle = self._parameter(".mlp.linear_fc2.weight").register_hook(spoilt)
+
+    def spoil_logprob(self, injection: Injection) -> None:
+        """Make one of the next log-probs NaN."""
+        kind = type(self.policy)
+        compute = kind.logprobs
+
+        def spoilt(policy: Any, samples: Any) -> Any:
+            found = compute(policy, samples)
+            if found:
+                kind.logprobs = compute
+                found[0][-1] = float("nan")
+            return found
+
+        kind.logprobs = spoilt
 
     def kill_verifiers(self, injection: Injection) -> None:
         killed = 0
@@ -190,14 +223,11 @@ class Injector:
     def fail_servers(self, injection: Injection) -> None:
         kind = injection.kind.removeprefix("a server ").removeprefix("is ")
         kind = {"answers 503": "busy"}.get(kind, kind)
-        body = json.dumps({"kind": kind, "seconds": SERVER_FAULT_S}).encode()
+        body = json.dumps({"kind": kind, "seconds": injection.seconds, "facts": self._facts(injection)}).encode()
         for url in injection.urls:
-            request = urllib.request.Request(f"{url}/fault", body, {"Authorization": f"Bearer {self._key}"})
-            for _ in range(100):  # it may still be gone since the last phase
-                with contextlib.suppress(urllib.error.URLError):
-                    urllib.request.urlopen(request, timeout=30).close()
-                    break
-                time.sleep(0.1 * SERVER_FAULT_S)
+            ask(f"{url}/fault", self._key, body).close()
+        if kind == "gone":
+            await_refusal(injection.urls[0], self._facts(injection))
 
 
 FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
@@ -214,6 +244,8 @@ FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
     "clock step": Injector.set_clock,
     "NaN in a weight": Injector.spoil_weight,
     "NaN in a weight that no token reads": Injector.spoil_unused_weight,
+    "NaN in a gradient": Injector.spoil_gradient,
+    "NaN in a log-prob": Injector.spoil_logprob,
     "verifiers killed": Injector.kill_verifiers,
     "a server answers 503": Injector.fail_servers,
     "a server is slow": Injector.fail_servers,

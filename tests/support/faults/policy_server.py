@@ -1,6 +1,7 @@
 """A fake SGLang server with everything that a run needs: rollouts that follow from prompt and version, refits, faults.
 
-A POST to ``/fault`` with ``{"kind": …, "seconds": …}`` makes it fail for a while, as the fault matrix asks.
+A POST to ``/fault`` with ``{"kind": …, "seconds": …, "facts": …}`` makes it fail for a while, as the fault matrix asks.
+The first request that meets the fault, at any server of this process, writes the witness.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.support.fake_control import FakeServer, running
+from tests.support.faults.matrix import SLOW_S
+from tests.support.faults.witness import write_witness
 
 VOCAB = range(3, 131)
 """Ids of the words of the parity task."""
 KINDS = ("busy", "slow", "hangs", "gone")
-_SLOW_S = 0.3
+_LOCK = threading.Lock()
+_MET: set[tuple[str, str, int]] = set()
+"""Witness file, phase and number of steps of each fault that a request has met."""
 
 
 @dataclass
@@ -29,28 +34,36 @@ class PolicyServer(FakeServer):
     stop_id: int = 2
     fault: str = ""
     until: float = 0.0
-    refused: dict[str, int] = field(default_factory=dict)
-    """Kind of fault → calls that met it."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    met: list[tuple[str, str]] = field(default_factory=list)
+    """Phase of a fault, and path of a request that met it, for each such request."""
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/fault":
-            self._begin(body["kind"], body["seconds"])
+            self._begin(body["kind"], body["seconds"], body["facts"])
             return 200, {}
         if self.fault and time.monotonic() < self.until:
-            self.refused[self.fault] = self.refused.get(self.fault, 0) + 1
+            self._meet(path)
             if self.fault == "busy":
                 return 503, {"error": "no room"}
-            time.sleep(_SLOW_S if self.fault == "slow" else max(0.0, self.until - time.monotonic()))
+            time.sleep(SLOW_S if self.fault == "slow" else max(0.0, self.until - time.monotonic()))
         if path == "/generate":
             return 200, self._generate(body)
         return super().answer(path, body)
 
-    def _begin(self, kind: str, seconds: float) -> None:
+    def _meet(self, path: str) -> None:
+        self.met.append((self.facts["phase"], path))
+        with _LOCK:
+            fault = (self.facts["witness"], self.facts["phase"], self.facts["steps"])
+            if fault not in _MET:
+                _MET.add(fault)
+                write_witness({**self.facts, "path": path})
+
+    def _begin(self, kind: str, seconds: float, facts: dict[str, Any]) -> None:
         assert kind in KINDS
         if kind != "gone":
-            self.fault, self.until = kind, time.monotonic() + seconds
+            self.facts, self.fault, self.until = facts, kind, time.monotonic() + seconds
             return
-        self.refused[kind] = self.refused.get(kind, 0) + 1
         threading.Thread(target=self._go, args=(seconds,), daemon=True).start()
 
     def _go(self, seconds: float) -> None:

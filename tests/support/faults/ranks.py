@@ -30,10 +30,10 @@ class Ended:
     output: str
     """What the ranks wrote to their terminals."""
     ended_at: float
-    """Time of day at which the last rank had ended."""
+    """Moment, on the monotonic clock, at which the last rank had ended."""
 
     def since_s(self, moment: float) -> float:
-        """Return the seconds from a moment, in time of day, to the end."""
+        """Return the seconds from a moment, on the monotonic clock, to the end."""
         return self.ended_at - moment
 
 
@@ -84,7 +84,7 @@ def start_ranks(
     return Ended(
         statuses=tuple(process.exitcode for process in processes),
         output=_read(logs),
-        ended_at=time.time(),
+        ended_at=time.monotonic(),
     )
 
 
