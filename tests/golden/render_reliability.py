@@ -64,6 +64,7 @@ Tests run jobs on a real Slurm of one host. Its nodes share an address, or (`tes
 | nodes know their own names by 127.0.1.1; names are IPv6 addresses | the run trains and refits | `tests/e2e/test_slurm_nodes.py`, `tests/unit/parallel/test_interfaces.py` |
 | the port at which trainer nodes meet is taken | the trainer starts again in place, at another port | `tests/e2e/test_slurm_nodes.py` |
 | a rank, a launcher or a node is lost | the trainer starts again in place, or the job is requeued without the node | `tests/e2e/test_slurm.py` |
+| all servers of a node, or the router, die too often | the job is requeued if it got further in this attempt, without the node if that happened there before; else it fails | `tests/e2e/test_slurm.py`, `tests/unit/slurm/test_slurm_ends.py` |
 | more GPUs than are used; few CPUs; a relative `LOG_ROOT`; a dry run without the packages | used, or said in one line | `tests/unit/slurm/test_slurm_sites.py` |
 | memory by GPU or CPU instead of by node | the job runs | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
 | `attach.sh JOB` without the settings of the job; the end of a good job | the roles are listed; `srun` reports no killed task | `tests/e2e/test_slurm_nodes.py` |
@@ -133,9 +134,9 @@ ranks and a rollout node:
 | a server is stopped for 3 to 20 s | 1 | 15, 15 |
 
 17 faults in 1,601 s: the job was never submitted again, and every law held. The largest growth was 1.9% of memory (a rank; it lived for some
-minutes). At step 400 85.8% [82.0, 88.8] of the additions were right, without faults 85.8%. Goodput was 59%, with a fault every 94 s. A server
-that is killed while it starts for the first time in an attempt is taken for one that cannot start: the job then fails, and must be submitted
-again (it resumes).
+minutes). At step 400 85.8% [82.0, 88.8] of the additions were right, without faults 85.8%. Goodput was 59%, with a fault every 94 s.
+A later one of half an hour found that a rank which is killed while the trainer saves on request ended the job; since then the job is requeued
+(`tests/unit/slurm/test_slurm_ends.py`).
 """
 
 
