@@ -12,6 +12,7 @@ from tests.support.tool_commands import run_tool
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens where there is no GPU")
 
 
+@pytest.mark.slow  # five minutes, for a tool that only GPU machines need
 def test_every_stage_meets_its_bars_in_small(tmp_path):
     done = run_tool("gpu_check.py", "--cpu-smoke", "--out", tmp_path / "check", timeout=1500.0)
     assert done.returncode == 0, done.stdout + done.stderr

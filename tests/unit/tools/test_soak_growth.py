@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.fake_sglang import wait_until
 from tests.support.soak_cases import EVERY_S, life
 from tools.soak_parts.processes import RunProcesses
 from tools.soak_parts.resources import (
@@ -128,6 +129,7 @@ def test_a_sample_is_that_of_the_process() -> None:
     with subprocess.Popen([sys.executable, "-c", WAITS], env={**os.environ, "RANK": "3"}) as process:
         one, own = psutil.Process(process.pid), psutil.Process()
         run = RunProcesses(command=own, launcher=None, ranks=(one,), servers=(), verifiers=(own,), all=(own, one))
+        wait_until(lambda: one.environ().get("RANK") == "3", "it has begun", 60.0)
         samples = {sample.role: sample for sample in take_samples(run)}
         process.kill()
         process.wait(60)
