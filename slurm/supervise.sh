@@ -107,20 +107,20 @@ notice_ended_servers() {
   if [ "$status" = 0 ]; then
     WANTS_STOP="rollout on $node was told to end"
   else
-    FAILURE="rollout on $node ended with status $status; see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
     FAILED_NODE=$node
-    note_whether_it_may_pass "$status"
-    ask_trainer_to_stop "$FAILURE"
+    servers_failed "$status" "rollout on $node ended with status $status; see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
   fi
 }
 
-# note_whether_it_may_pass STATUS: servers or a router that end so were lost, unless they refused their input or have a bug
-# (docs/exit_statuses.md).
-note_whether_it_may_pass() {
+# servers_failed STATUS WORDS: have the trainer stop. Servers or a router that end so were lost, unless they refused their
+# input or have a bug (docs/exit_statuses.md).
+servers_failed() {
+  FAILURE=$2
   case $1 in
     2 | 65 | 70) ;;
     *) FAILURE_MAY_PASS=1 ;;
   esac
+  ask_trainer_to_stop "$FAILURE"
 }
 
 role_ended() {
@@ -134,9 +134,7 @@ role_ended() {
       WANTS_STOP="$role was told to end"
       return
     fi
-    FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
-    note_whether_it_may_pass "$status"
-    ask_trainer_to_stop "$FAILURE"
+    servers_failed "$status" "$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
   elif [ -f "$DYPO_LOGS/stopped" ] && { [ "$status" = 0 ] || [ -n "$STOP_AT$WANTS_STOP" ]; }; then
     conclude # with another status, srun told a node to stop because another one had failed
   elif [ "$status" != 0 ]; then

@@ -129,7 +129,7 @@ def serve(
     from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.config.smoke import smoke_config
     from megatron_dypo.ending import Cause, RunEnded
-    from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, find_latest
+    from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, whole_folders
     from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
     from megatron_dypo.rollout.server.node import keep_servers
@@ -145,7 +145,7 @@ def serve(
             first=first,
             log_dir=log_dir,
             server_args=server_args,
-            have_worked=find_latest(Path(resolved.run.dir) / CHECKPOINTS) is not None,
+            have_worked=bool(whole_folders(Path(resolved.run.dir) / CHECKPOINTS)),
         )
     except (ServerDiedError, TimeoutError) as error:
         raise RunEnded(Cause.SERVERS_GONE, str(error)) from error

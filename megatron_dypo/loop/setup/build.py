@@ -73,7 +73,9 @@ def open_run(config: Config) -> Iterator[Run]:
         latest = prepare_folder(config, all_ranks())
         require_logprob_sources(config, objective)
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
-        starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
+        starting = None
+        if with_servers and layout.is_global_leader:
+            starting = start_in_background(config, stack, have_worked=latest is not None)
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
         if base.policy.keeps_reference and config.objective.reference.mode == "frozen" and not config.run.smoke:
             base = replace(base, reference_files=hash_reference(config.model))

@@ -20,7 +20,6 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
-from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, find_latest
 from megatron_dypo.mcore.chunks import named_global_weights
 from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.routing_replay import route_shape
@@ -39,8 +38,13 @@ from megatron_dypo.types import Tokens
 log = logging.getLogger("megatron_dypo")
 
 
-def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
+def start_in_background(
+    config: Config, stack: contextlib.ExitStack, *, have_worked: bool = False
+) -> Future[ServerPool]:
     """Start or reach the servers in a thread. Closing ``stack`` stops them.
+
+    Args:
+        have_worked: as for :func:`~megatron_dypo.rollout.server.servers.start_servers`.
 
     Raises:
         ValueError: this node's GPUs are too few, or its servers could not be refitted.
@@ -61,7 +65,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
         device=device.device_kind(),
         temperature=config.rollout.temperature,
         returns_routes=config.objective.replay == "rollout",
-        have_worked=find_latest(Path(config.run.dir) / CHECKPOINTS) is not None,
+        have_worked=have_worked,
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
     return future

@@ -34,6 +34,12 @@ def request_json(
     return asyncio.run(_request(method, url, api_key, body, timeout_s))
 
 
+def server_setting(url: str, api_key: str | None, name: str) -> Any:
+    """Return a setting of a server by its name in ``/server_info``; None if it is not told."""
+    info = request_json("GET", f"{url}/server_info", api_key)[1]
+    return info.get(name) if isinstance(info, dict) else None
+
+
 def require_answer(url: str, status: int | None, key_name: str) -> None:
     """Raise ValueError where nothing answered (``status`` None), or the key of ``key_name`` was refused."""
     if status is None:

@@ -26,7 +26,7 @@ from megatron_dypo.rollout.server.command import (
     server_environment,
 )
 from megatron_dypo.rollout.server.names import require_known_hosts
-from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered, request_json
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered, server_setting
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.server.reach import find_unreachable
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
@@ -101,11 +101,7 @@ class ServerPool:
 
     def honours_seeds(self) -> bool:
         """Return whether a server samples each request with the seed that it names."""
-        return any(
-            isinstance(info := request_json("GET", f"{url}/server_info", self.api_key)[1], dict)
-            and info.get(SEEDS_SETTING) is True
-            for url in self.urls
-        )
+        return any(server_setting(url, self.api_key, SEEDS_SETTING) is True for url in self.urls)
 
     def stop(self) -> None:
         """Stop started servers: SIGTERM, then SIGKILL to the process group after a grace period. Idempotent."""
@@ -313,8 +309,7 @@ def _require_untempered(pool: ServerPool, temperature: float) -> None:
 
 def _require_routes(pool: ServerPool) -> None:
     for url in pool.urls:
-        info = request_json("GET", f"{url}/server_info", pool.api_key)[1]
-        if not (isinstance(info, dict) and info.get(ROUTES_SETTING) is True):
+        if server_setting(url, pool.api_key, ROUTES_SETTING) is not True:
             raise ValueError(
                 f"objective.replay=rollout: {url} cannot return the experts that it chooses: start it with "
                 f"{ROUTES_FLAG}"
