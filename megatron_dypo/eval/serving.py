@@ -18,6 +18,7 @@ from megatron_dypo.eval.endpoints import Api, Endpoint, OpenAIEndpoint, SGLangEn
 from megatron_dypo.eval.model import hf_folder_of
 from megatron_dypo.eval.reaching import reach_openai, url_without_path
 from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.http_client import HttpClient
 from megatron_dypo.rollout.keys import read_api_key
@@ -96,8 +97,8 @@ class Serving:
         """
         if self._pool is None or not self._pool.may_return():
             return False
-        deadline = time.monotonic() + self._deadline_s
-        while time.monotonic() < deadline:
+        deadline = running_time() + self._deadline_s
+        while running_time() < deadline:
             self._pool.check()
             if any(self._are_healthy({url}) for url in self._pool.urls):
                 self._ask_all_again()

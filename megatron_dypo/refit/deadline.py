@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
+from megatron_dypo.processes.running_time import running_time
 
 
 class Deadline:
-    """The moment by which a refit, or one attempt at it, must end."""
+    """The moment by which a refit, or one attempt at it, must end, on the clock of :func:`.running_time`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._end = time.monotonic() + seconds
+        self._end = running_time() + seconds
 
     def remaining(self) -> float:
         """Return the seconds left, above 0.
@@ -25,7 +25,7 @@ class Deadline:
 
     def left(self) -> float:
         """Return the seconds left; 0 if the deadline has passed."""
-        return max(self._end - time.monotonic(), 0.0)
+        return max(self._end - running_time(), 0.0)
 
     def split(self) -> Deadline:
         """Return a deadline after half of the time left, so that the other half remains after it.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass
 
 from megatron_dypo.config.words import counted
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.ask import AskError, BusyError, LostServerError, OwnLackError, RefusedError
 from megatron_dypo.types import DropReason
 
@@ -35,7 +35,7 @@ class Attempts:
     backoff_s: float
     """Pause before the first retry; it doubles each time, up to 30 s."""
     ends_at: float
-    """End of ``deadline_s`` on the monotonic clock."""
+    """End of ``deadline_s`` on the clock of :func:`.running_time`."""
     wanted: str = "complete group"
     """Name of the requested thing, for messages."""
     failures: int = 0
@@ -52,7 +52,7 @@ class Attempts:
         Raises:
             GroupDroppedError: it has passed.
         """
-        left_s = self.ends_at - time.monotonic()
+        left_s = self.ends_at - running_time()
         if left_s <= 0:
             limit = f"request_deadline_s={self.deadline_s:g}"
             raise GroupDroppedError(f"no {self.wanted} after {limit}; last failure: {self.last_failure}")

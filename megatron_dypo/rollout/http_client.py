@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, TypeVar
 import aiohttp
 
 from megatron_dypo.metrics.logs import warn_often
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.ask import (
     Answer,
     AskError,
@@ -126,7 +127,7 @@ class HttpClient(AttemptCounts):
                 retries=self._limits.retries,
                 deadline_s=self._limits.request_deadline_s,
                 backoff_s=self._backoff_s,
-                ends_at=time.monotonic() + self._limits.request_deadline_s,
+                ends_at=running_time() + self._limits.request_deadline_s,
                 wanted=self.wanted,
             )
             while True:

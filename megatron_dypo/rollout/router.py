@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.server.probe import request_json
 
 NO_SERVER = ("X-SMG-Error-Code", "no_available_workers")
@@ -33,9 +34,9 @@ class Router:
         the interface of sglang-router 0.3, which queues changes.
         """
         wanted, asked = set(servers), set[str]()
-        deadline = time.monotonic() + self.deadline_s
+        deadline = running_time() + self.deadline_s
         while (known := self._workers()) is None or known.keys() != wanted:
-            if time.monotonic() > deadline:
+            if running_time() > deadline:
                 has = "does not answer" if known is None else f"has {sorted(known)}"
                 _log.warning("router %s %s after %g s, not %s", self.url, has, self.deadline_s, sorted(wanted))
                 return

@@ -92,6 +92,19 @@ class FakeSGLang:
         await self._site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
+    async def _stop_listening(self) -> None:
+        """Stop like a process that dies: no connection stays open without an answer.
+
+        asyncio accepts a connection in one turn of its loop and serves it in the next. One that is between the two when
+        the server stops is forgotten, neither served nor closed.
+        """
+        server = self._site._server
+        assert isinstance(server, asyncio.Server)
+        for listening in server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        await asyncio.sleep(0.01)
+        await self._site.stop()
+
     def hide(self, path: str) -> None:
         """Answer this path as unknown from now on."""
         self._hidden.add(path)
@@ -125,7 +138,7 @@ class FakeSGLang:
         if how == "400":
             return web.json_response({"error": {"message": "the prompt is too long"}}, status=400)
         if how == "die":
-            await self._site.stop()
+            await self._stop_listening()
         if how in ("reset", "die"):
             assert request.transport is not None
             request.transport.abort()

@@ -15,6 +15,7 @@ from megatron_dypo.grading.workers.output import OutputTap
 from megatron_dypo.grading.workers.process import CallerInfo, ImportFailed, WorkerDied, WorkerProcess
 from megatron_dypo.grading.workers.worker import Setup
 from megatron_dypo.processes.importing import describe
+from megatron_dypo.processes.running_time import running_time
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +87,15 @@ class Pool:
         for number, (name, _) in enumerate(jobs):
             self._todo.setdefault(name, deque()).append(number)
         sizes = {name: self._size_of_batch(name, len(numbers)) for name, numbers in self._todo.items()}
-        num_done, num_errors, last_verdict = 0, 0, time.monotonic()
+        num_done, num_errors, last_verdict = 0, 0, running_time()
         try:
             while num_done < len(jobs):
                 outcomes = self._hand_out(sizes)
                 outcomes += [] if outcomes else self._await_outcomes()
                 num_errors += len(outcomes)
                 if any(error is None for _, (_, _, error) in outcomes):
-                    num_errors, last_verdict = 0, time.monotonic()
-                elif outcomes and self._is_hopeless(num_errors, time.monotonic() - last_verdict):
+                    num_errors, last_verdict = 0, running_time()
+                elif outcomes and self._is_hopeless(num_errors, running_time() - last_verdict):
                     outcomes += self._give_up(outcomes[-1][1][2])
                 for number, outcome in outcomes:
                     on_outcome(number, outcome)

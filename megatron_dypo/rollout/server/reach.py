@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import aiohttp
+
+from megatron_dypo.processes.running_time import running_time
 
 _ATTEMPT_S = 5.0
 _PAUSE_S = 1.0
@@ -36,7 +37,7 @@ def find_unreachable(urls: Sequence[str], deadline_s: float) -> dict[str, str]:
 
     It returns at once if all hosts answer. It tries 64 URLs at a time. Blocks: call it outside of event loops.
     """
-    return asyncio.run(_find_all(urls, time.monotonic() + deadline_s))
+    return asyncio.run(_find_all(urls, running_time() + deadline_s))
 
 
 async def _find_all(urls: Sequence[str], deadline: float) -> dict[str, str]:
@@ -52,7 +53,7 @@ async def _find(url: str, gate: asyncio.Semaphore, deadline: float) -> str | Non
     while True:
         async with gate:
             met = await _try(parts.hostname or "", port)
-        if met is None or time.monotonic() > deadline:
+        if met is None or running_time() > deadline:
             return met
         await asyncio.sleep(_PAUSE_S)
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING, SEEDS_SETTING
 from megatron_dypo.ending import Cause
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import (
     available_cores,
@@ -156,7 +157,7 @@ class ServerPool:
 
     def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
         """Wait until all servers are healthy at once: one that was may end while another one starts."""
-        begin = told = time.monotonic()
+        begin = told = running_time()
         has_waited = True
         while has_waited:
             has_waited = False
@@ -164,7 +165,7 @@ class ServerPool:
                 while (status := http_status(f"{url}/health", self.api_key)) != 200:
                     has_waited = True
                     self._check_start()
-                    now, said = time.monotonic(), "no answer" if status is None else f"/health answers HTTP {status}"
+                    now, said = running_time(), "no answer" if status is None else f"/health answers HTTP {status}"
                     if now - begin > deadline_s:
                         raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
                     if now - told > _TELL_EVERY_S:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 
@@ -41,7 +41,7 @@ class Supervised:
         self._restarts, self._deadline_s = restarts, deadline_s
         self._num_starts = self._num_in_row = 0
         self._started_at = 0.0
-        self._serves_since = time.monotonic()
+        self._serves_since = running_time()
         self._given_up: str | None = None
         self._untold: str | None = None
         self._is_over = threading.Event()
@@ -88,16 +88,16 @@ class Supervised:
             if self.process.ending() is not None:
                 return
             if is_healthy:
-                self._serves_since = time.monotonic()
+                self._serves_since = running_time()
                 _log.info("%s (%s) runs again; it serves after the next refit", self.process.name, self.process.url)
                 return
-            if time.monotonic() > self._started_at + self._deadline_s:
+            if running_time() > self._started_at + self._deadline_s:
                 _log.warning("%s is not healthy after %g s; stopping it", self.process.name, self._deadline_s)
                 self.process.stop()
                 return
 
     def _restart(self, ending: str) -> None:
-        if time.monotonic() > self._serves_since + _STEADY_S:
+        if running_time() > self._serves_since + _STEADY_S:
             self._num_in_row = 0
         if self._num_in_row == self._restarts:
             try:
@@ -108,7 +108,7 @@ class Supervised:
             return
         self._num_starts += 1
         self._num_in_row += 1
-        self._started_at, self._serves_since = time.monotonic(), math.inf
+        self._started_at, self._serves_since = running_time(), math.inf
         _log.warning("%s; starting it again (%d of %d times)", ending, self._num_in_row, self._restarts)
         try:
             self._start()

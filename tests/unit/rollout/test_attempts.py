@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
+from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.ask import AskError, AttemptError, BusyError, LostServerError, OwnLackError, RefusedError
 from megatron_dypo.rollout.attempts import Attempts, GroupDroppedError
 from megatron_dypo.types import DropReason
 
 
 def attempts(retries: int = 2, left_s: float = 1000.0) -> Attempts:
-    return Attempts(retries=retries, deadline_s=1000.0, backoff_s=0.5, ends_at=time.monotonic() + left_s)
+    return Attempts(retries=retries, deadline_s=1000.0, backoff_s=0.5, ends_at=running_time() + left_s)
 
 
 def test_pauses_double_up_to_a_limit() -> None:
@@ -66,6 +65,6 @@ def test_a_refusal_ends_a_group_at_once() -> None:
 def test_a_pause_never_passes_the_deadline_and_past_it_the_last_failure_is_told() -> None:
     some = attempts(retries=99, left_s=0.05)
     assert some.pause_after(AttemptError("HTTP 503: drained")) <= 0.05
-    some.ends_at = time.monotonic()
+    some.ends_at = running_time()
     with pytest.raises(GroupDroppedError, match=r"after request_deadline_s=1000; last failure: HTTP 503: drained"):
         some.pause_after(AttemptError("timed out"))
