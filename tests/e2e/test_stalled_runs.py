@@ -1,4 +1,5 @@
-"""A rank of a run that is stopped for a while: it is named once, in time, and the run goes on when it goes on."""
+"""A rank, or a whole run, that is stopped for a while: a rank is named once, in time, and the run goes on when it goes
+on."""
 
 from __future__ import annotations
 
@@ -52,3 +53,34 @@ def test_a_stopped_rank_is_named_once_within_three_steps_and_a_minute(tmp_path: 
     assert f"stall over: rank 1 on {platform.node()} (process {rank.pid}) moves again" in second
     assert output.count("megatron-dypo: warning: stall: ") == 1
     print(f"named after {named_after_s:.1f} s; a step takes {usual_s:.2f} s")
+
+
+def test_a_run_that_is_stopped_as_a_whole_for_longer_than_its_deadlines_goes_on_without_a_loss(tmp_path: Path) -> None:
+    deadline_s, watchdog_s = 10.0, 20.0
+    run_dir = tmp_path / "run"
+    config = write_task(
+        tmp_path,
+        run={"dir": str(run_dir), "steps": 100_000, "watchdog_s": watchdog_s},
+        rollout={"request_deadline_s": deadline_s},
+        parallel={"num_processes": 2},
+        checkpoint={"every": 0},
+    )
+    process = start("train", config)
+    wait_until(process, lambda: len(steps_of(run_dir)) >= 3)
+    before = max(steps_of(run_dir))
+    parts = psutil.Process(process.pid).children(recursive=True)
+    for server in parts:
+        if any("sglang" in word for word in server.cmdline()):
+            server.suspend()
+    time.sleep(5.0)  # until the trainer waits for answers
+    for part in [psutil.Process(process.pid), *parts]:
+        part.suspend()
+    time.sleep(1.5 * watchdog_s)
+    for part in [*parts, psutil.Process(process.pid)]:
+        part.resume()
+    wait_until(process, lambda: max(steps_of(run_dir)) >= before + 5)
+    process.send_signal(signal.SIGTERM)
+    finished(process, Cause.STOPPED.status)
+    records = [record for step, record in steps_of(run_dir).items() if step > before]
+    assert sum(record["rollout/retries"] for record in records) >= 1, "requests were open"
+    assert sum(record["rollout/incomplete_groups"] for record in records) == 0
