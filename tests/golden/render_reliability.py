@@ -43,6 +43,7 @@ This table is `tests/support/faults/matrix.py`, rendered. Faults that need a rea
 | all servers answer 503 for a minute | the run waits and goes on; nothing is lost | `tests/dist/test_fault_matrix.py` |
 | weights, gradients, rewards or log-probs are not finite | named with parameter, prompt, member and token; dumped; skipped, stopped or rolled back as `optimizer.on_bad_step` says | `tests/dist/test_bad_updates.py` |
 | a rank is stopped | named within three steps and a minute, with host, activity and stack | `tests/e2e/test_stalled_runs.py` |
+| a whole run is suspended for longer than its deadlines | it goes on; requests that were open are made again | `tests/e2e/test_stalled_runs.py` |
 | a rank is slow in each step | named by the log and `perf/slowest_rank` | `tests/dist/test_busy_ranks.py` |
 | a rank, a launcher or a node of a Slurm job is lost | the trainer starts again in place, on a spare node if there is one | `tests/e2e/test_slurm.py` |
 | SIGKILL at 44 random moments of four runs | the same steps, bit for bit; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
