@@ -38,7 +38,7 @@ from tiny_study.results import CURVES
 from tiny_study.specs import DIVERGED, spec_path
 
 _STARTS = "starts.json"
-_METRICS = ("step", "time", "ledger/drawn", "rollout/reward", *CURVES)
+_METRICS = ("step", "time", "ledger/drawn", "rollout/reward", "probe/alpha", "probe/best_alpha", *CURVES)
 app = typer.Typer(add_completion=False)
 
 

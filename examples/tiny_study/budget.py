@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dypo.config.reading.load import flow_yaml, load_config
+from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.recipes.registry import build_objective
 from tiny_study.plan import Plan
 
@@ -23,16 +24,28 @@ class Line:
 
 def steps_with_rollouts(plan: Plan, overrides: Mapping[str, Any]) -> int:
     """Return how many steps of a method sample rollouts; the others learn from traces alone."""
-    changes = [f"{key}={flow_yaml(value)}" for key, value in {**plan.overrides, **overrides}.items()]
-    objective = build_objective(load_config(plan.config, changes).objective)
+    objective = build_objective(_config(plan, overrides).objective)
     return sum(objective.needs_rollouts(step) for step in range(plan.steps))
+
+
+def _config(plan: Plan, overrides: Mapping[str, Any]) -> Config:
+    changes = [f"{key}={flow_yaml(value)}" for key, value in {**plan.overrides, **overrides}.items()]
+    return load_config(plan.config, changes)
 
 
 def cell_seconds(plan: Plan, overrides: Mapping[str, Any]) -> float:
     """Return the time of one cell of a method."""
     sampled = steps_with_rollouts(plan, overrides)
     seconds = plan.seconds
-    return seconds.cell + sampled * seconds.step + (plan.steps - sampled) * seconds.step_of_traces
+    steps = sampled * seconds.step + (plan.steps - sampled) * seconds.step_of_traces
+    probes = probed_groups(plan, overrides) / _config(plan, overrides).rollout.prompts_per_round * seconds.step
+    return seconds.cell + steps + probes
+
+
+def probed_groups(plan: Plan, overrides: Mapping[str, Any]) -> int:
+    """Return how many groups the probes of a run measure. Each takes about the time of a group of an update."""
+    probe = _config(plan, overrides).probe
+    return plan.steps // probe.every * probe.prompts * probe.repeats if probe.every else 0
 
 
 def budget(plan: Plan) -> list[Line]:
@@ -51,6 +64,9 @@ def budget(plan: Plan) -> list[Line]:
     lines.append(Line(what="methods", cells=tasks * seeds * len(finals), seconds=tasks * seeds * sum(finals)))
     if ablations:
         lines.append(Line(what="ablations", cells=seeds * len(ablations), seconds=seeds * sum(ablations)))
+    later = [cell_seconds(plan, own) for own in plan.entered_later.values()]
+    if later:
+        lines.append(Line(what="ablations entered later", cells=seeds * len(later), seconds=seeds * sum(later)))
     return lines
 
 

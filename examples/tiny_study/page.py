@@ -10,7 +10,7 @@ from whole_job.stages import ROOT, write_json
 
 from megatron_dypo.config.reading.load import flow_yaml, load_config
 from megatron_dypo.fs import replace_file
-from tiny_study.budget import budget_table
+from tiny_study.budget import budget_table, probed_groups
 from tiny_study.figures import figures_of
 from tiny_study.inputs import TASKS
 from tiny_study.plan import SETS, Plan
@@ -76,8 +76,8 @@ def _fixed(plan: Plan) -> Iterable[str]:
             f"{plan.steps * prompts * group:,} for every method that samples in each step. A step collects one round, "
             "however many of its prompts are Easy, so that no objective gets more rollouts than another. Only if a "
             "whole round has nothing to learn from is another one drawn. `sft` samples nothing: it gets "
-            f"{prompts} traces in each step. `sft_then_rl` samples nothing in its first phase. The tables say how many "
-            "rollouts each used.",
+            f"{prompts} traces in each step. `sft_then_rl` samples nothing in its first phase, and a method with a "
+            "buffer of traces nothing in the steps that learn from it. The tables say how many rollouts each used.",
             _tuning_words(plan, rates),
             f"- **Final runs**: seeds {', '.join(map(str, plan.seeds))}. The sets are `heldout` (the training "
             "distribution), `longer` (longer numbers or words than those of training) and `phrasing` (another "
@@ -85,6 +85,7 @@ def _fixed(plan: Plan) -> Iterable[str]:
             f"{config.eval.temperature:g}, after the last step. No set shares a problem with another.",
             f"- **Tests**: every method against `{plan.baseline}`, with p by Holm over the table; a difference of "
             f"{plan.smallest_difference:g} matters. [Comparisons](comparison.md) has the statistics.",
+            *(f"- {note}" for note in plan.notes),
             *(f"- **Check of the tests**: `{name}` is `{own}` entered again." for name, own in plan.copies.items()),
             f"- **Time**: planned for at most {plan.hours:g} hours on two idle cores, from estimated times:",
         ]
@@ -94,6 +95,15 @@ def _fixed(plan: Plan) -> Iterable[str]:
     if plan.ablations:
         yield f"Ablations of `{plan.baseline}`, on `{plan.tasks[0]}`, with its learning rate:"
         yield _overrides_table("ablation", plan.ablations)
+    if plan.entered_later:
+        yield (
+            "Entered later, when the results of all others were known, and in tables of their own, so that no other "
+            "test changes. The settings were fixed before the first run:"
+        )
+        yield _overrides_table("ablation", plan.entered_later)
+    for name, own in plan.entered_later.items():
+        if probed := probed_groups(plan, own) * group:
+            yield f"The probes of `{name}` sample {probed:,} rollouts more, which no table counts."
 
 
 def _models(plan: Plan) -> str:
@@ -127,6 +137,7 @@ def _task_results(plan: Plan, task: str, found: Results) -> Iterable[str]:
     if found["tuning"]:
         yield "Accuracy on `validation`, with the chosen learning rate in bold:"
         yield _tuning_table(plan, found)
+        yield _edge_words(plan, found)
     start = ", ".join(f"{name} {100 * found['start'][name]:.1f}" for name in SETS if name in found["start"])
     yield f"Before the first step, in percent: {start or 'no run is done'}."
     for text in found["texts"].values():
@@ -149,6 +160,15 @@ def _tuning_table(plan: Plan, found: Results) -> str:
             words.append(f"**{text}**" if found["rates"][method] == rate else text)
         lines.append(f"| {method} | {' | '.join(words)} |")
     return "\n".join(lines)
+
+
+def _edge_words(plan: Plan, found: Results) -> str:
+    ends = min(plan.learning_rates), max(plan.learning_rates)
+    at_end = [f"`{method}`" for method in plan.methods if found["rates"][method] in ends]
+    if not at_end:
+        return "No method has a rate at an end of the grid."
+    names = f"{len(at_end)} of {len(plan.methods)} methods have a rate at an end of the grid ({', '.join(at_end)})"
+    return f"{names}. For these a wider grid might have found a better one."
 
 
 def current_page(plan: Plan) -> dict[Path, str]:

@@ -201,7 +201,7 @@ def test_the_study_has_every_objective_a_copy_of_dypo_and_every_ablation_of_the_
 
 @pytest.mark.parametrize("task", STUDY.tasks)
 def test_check_finds_nothing_wrong_with_a_cell_of_each_method(task: str, tmp_path: Path) -> None:
-    plan = dataclasses.replace(STUDY, out=str(tmp_path), seeds=(1,), ablations={}, tables={})
+    plan = dataclasses.replace(STUDY, out=str(tmp_path), seeds=(1,), ablations={}, entered_later={}, tables={})
     for kind, rows in TASKS[task].draw_rows(1).items():
         path = data_path(tmp_path / task, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,8 @@ def test_the_budget_counts_the_cells_of_the_comparisons_and_fits(name: str, cell
     for cell in cells:
         sampled = sum(map(build_objective(cell.config.objective).needs_rollouts, range(plan.steps)))
         of_traces = plan.steps - sampled
-        seconds += plan.seconds.cell + plan.seconds.step * sampled + plan.seconds.step_of_traces * of_traces
+        probed = 5 * 32 * 4 / 16 if cell.arm.method == "alpha_auto" else 0  # probes, prompts, repeats; groups of a step
+        seconds += plan.seconds.cell + plan.seconds.step * (sampled + probed) + plan.seconds.step_of_traces * of_traces
     assert sum(line.cells for line in budget(plan)) == len(cells) + len(plan.tasks)
     assert hours(plan) == pytest.approx(seconds / 3600)
     assert hours(plan) <= plan.hours == 6
