@@ -71,7 +71,8 @@ def _by_megatron(
     start = time.monotonic()
     with progress(len(samples), "scores", "trajectories") as bar:
         projection = RandomProjection(DIMENSION, seed)
-        found = np.stack(list(sequence_scores(chunks, samples, projection, arch=arch, layout=layout, bar=bar)))
+        scores = sequence_scores(chunks, samples, projection, arch=arch, layout=layout, bar=bar)
+        found = np.stack([score.score_d for score in scores])
     seconds = time.monotonic() - start
     close(layout)
     return found, totals[1] - totals[0], seconds

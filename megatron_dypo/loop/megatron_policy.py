@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_dypo.batching.exchange import balance, broadcast_samples
@@ -15,7 +16,7 @@ from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.journal.weights import weights_digest
-from megatron_dypo.loop.policy import UpdateReport
+from megatron_dypo.loop.policy import PolicyScores, UpdateReport
 from megatron_dypo.mcore.bridged.weights import BridgedWeights
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.checkpoints.folder import folder_of
@@ -90,7 +91,7 @@ class MegatronPolicy:
     def entropies(self, samples: Sequence[Sample]) -> list[Floats]:
         return self._score(self._of_leader(samples), entropy=True, replay=self.replay)
 
-    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> PolicyScores:
         layout, own = self.layout, range(len(samples))
         if layout.mesh.replicas_share_experts and layout.leaders_group is not None:
             # All replicas compute every score together.
@@ -99,18 +100,26 @@ class MegatronPolicy:
             own = range(first, first + len(samples))
             samples = [sample for part in parts for sample in part]
         samples = self._of_leader(samples)
+        gradient_map = RandomProjection(dimension, seed) if dimension else WholeGradient(self.arch)
+        found = PolicyScores(
+            score_Nd=np.empty((len(own), gradient_map.size), np.float32), logp_N=np.empty(len(own), np.float64)
+        )
         with progress(len(samples), "scores", "trajectories", enabled=layout.is_global_leader) as bar:
             scores = sequence_scores(
                 self.chunks,
                 samples,
-                RandomProjection(dimension, seed) if dimension else WholeGradient(self.arch),
+                gradient_map,
                 arch=self.arch,
                 layout=layout,
                 token_multiple=self.config.token_multiple,
                 bar=bar,
                 replay=self.replay,
             )
-            return [score for index, score in enumerate(scores) if index in own]
+            for index, score in enumerate(scores):
+                if index in own:
+                    found.score_Nd[index - own.start] = score.score_d
+                    found.logp_N[index - own.start] = score.logp
+        return found
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         """Spread the samples over replicas, pack them, and make one optimizer step from all of them."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.types import Floats, Routes, Sample
 
@@ -40,6 +43,16 @@ class UpdateReport:
     """FLOPs of the replica of each rank."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyScores:
+    """The scores of N samples; on ranks that are no leaders N is 0."""
+
+    score_Nd: Floats
+    """Projections of ∇_θ Σ_t log π(a_t)."""
+    logp_N: npt.NDArray[np.float64]
+    """Σ_t log π(a_t), from the forward passes of the scores."""
+
+
 class Policy(Protocol):
     """A policy that learns, its optimizer and its reference."""
 
@@ -66,9 +79,8 @@ class Policy(Protocol):
         """Return the log-probs that the policy has when its routers choose the experts, whatever routes the samples
         bring."""
 
-    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
-        """Return the projected score ∇_θ Σ_t log π(a_t) of each sample, [d] (see
-        :mod:`megatron_dypo.models.gradient_projection`).
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> PolicyScores:
+        """Return the projected score of each sample (see :mod:`megatron_dypo.models.gradient_projection`).
 
         Args:
             dimension: d; 0: the whole gradient.

@@ -1,7 +1,7 @@
 """The probe: repeated rollouts of the same prompts under fixed weights, their scores, and what they say.
 
-Called by all ranks. Each leader writes the scores of its prompts to a file; the first one reads these files, estimates
-and writes ``probe/step_N.json``, with the scores in ``probe/step_N.npz``. See docs/probe.md.
+Called by all ranks. The first leader gets the scores of the others through files, estimates, and writes
+``probe/step_N.json``, with the scores in ``probe/step_N.npz``. See docs/probe.md.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.probe import ProbeConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.fs import replace_file
 from megatron_dypo.loop.policy import Policy
+from megatron_dypo.loop.probe_scores import score_groups
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Servers
 from megatron_dypo.metrics.probe_files import FOLDER
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.auto_alpha import GradientMoments
-from megatron_dypo.objective.route import rollout_samples, trace_sample
 from megatron_dypo.probe.scores import Scores, join, load, save
 from megatron_dypo.rollout.collect import collect
-from megatron_dypo.types import GradedGroup, Sample, Treatment
+from megatron_dypo.types import GradedGroup
 
 _SECONDS = ("rollout_seconds", "score_seconds", "estimate_seconds")
 """The parts of a probe that take time, in the order in which they happen."""
@@ -63,17 +60,6 @@ class Prober:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """One rollout or trace of a measured prompt."""
-
-    sample: Sample
-    prompt_id: str
-    repeat: int = -1
-    """The group of rollouts that it belongs to; −1 for a trace."""
-    teacher: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class ProbeReport:
     """The outcome of one probe."""
 
@@ -89,28 +75,34 @@ def probe(prober: Prober, step: int) -> ProbeReport:
     Raises:
         RunEnded: fewer than three prompts have all their rollouts and verdicts.
     """
-    clock = [time.monotonic()]
+    start = time.monotonic()
     groups = _sample(prober, step)
     prober.servers.offload_servers()
-    clock.append(time.monotonic())
-    with prober.timings.measure("probe"):
-        mine = _score(prober, groups, step)
-    folder, name = prober.run_dir / FOLDER, f"step_{step:06d}"
-    part = folder / f"{name}.replica_{prober.ranks.replica}.npz"
-    if mine is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save(mine, part)
-    written = prober.ranks.of_leaders(None if mine is None else str(part))
-    clock.append(time.monotonic())
-    result: dict[str, Any] = {}
-    if prober.ranks.is_global_leader:
-        scores = _joined([Path(one) for one in written if one is not None], folder / f"{name}.npz")
-        result = _analyse(prober, scores)
-        clock.append(time.monotonic())
-        result["cost"] = _cost(scores, clock)
-        _write(result, folder / f"{name}.json")
+    report = measure(prober, groups, step, rollout_seconds=time.monotonic() - start)
     if prober.offloads_servers:
         prober.servers.refit(step)
+    return report
+
+
+def measure(prober: Prober, groups: Sequence[GradedGroup], step: int, *, rollout_seconds: float) -> ProbeReport:
+    """Score the rollouts and traces of this replica's prompts, estimate, write the files. Collective over the world.
+
+    Args:
+        groups: all rollouts of each prompt with their verdicts, by the order of the prompts.
+        rollout_seconds: what sampling took, for the files.
+    """
+    clock = [time.monotonic()]
+    name = prober.run_dir / FOLDER / f"step_{step:06d}"
+    with prober.timings.measure("probe"):
+        scores = _gathered(prober, groups, step, name)
+    clock.append(time.monotonic())
+    result: dict[str, Any] = {}
+    if scores is not None:
+        _save(scores, name.with_suffix(".npz"))
+        result = _analyse(prober, scores)
+        clock.append(time.monotonic())
+        result["cost"] = _cost(scores, rollout_seconds, clock)
+        _write(result, name.with_suffix(".json"))
     return ProbeReport(moments=prober.ranks.of_leaders(_moments(result))[0], metrics=_metrics(result))
 
 
@@ -126,55 +118,34 @@ def _sample(prober: Prober, step: int) -> list[GradedGroup]:
     return groups
 
 
-def _trajectories(group: GradedGroup, group_size: int, step: int) -> list[Trajectory]:
-    """Return the rollouts of a prompt in groups of ``group_size``, then the trace of each of its teachers."""
-    rollouts = rollout_samples(group, Treatment.REINFORCE)
-    found = [
-        Trajectory(sample=sample, prompt_id=group.prompt.prompt_id, repeat=sample.member // group_size)
-        for sample in rollouts
-    ]
-    for number, (teacher, tokens) in enumerate(sorted(group.prompt.traces.items()), start=len(rollouts)):
-        sample = trace_sample(group, tokens, Treatment.DISTILL, member=number, version=step)
-        found.append(Trajectory(sample=sample, prompt_id=group.prompt.prompt_id, teacher=teacher))
-    return found
-
-
-def _score(prober: Prober, groups: Sequence[GradedGroup], step: int) -> Scores | None:
-    """Return the scores of this replica's prompts; None if it has none, and on ranks that are no leaders."""
-    found = [one for group in groups for one in _trajectories(group, prober.group_size, step)]
-    samples = [one.sample for one in found]
-    scores = prober.policy.scores(samples, dimension=prober.cfg.dimension, seed=prober.cfg.seed)
-    ratios = _log_ratios(prober, samples)
-    prompts = sorted({(one.sample.order, one.prompt_id) for one in found})
-    prompt_ids = [name for _, name in sorted(entry for part in prober.ranks.of_leaders(prompts) for entry in part)]
-    named = sorted({one.teacher for one in found if one.teacher is not None})
-    teachers = sorted({name for part in prober.ranks.of_leaders(named) for name in part})
-    if not found:
-        return None
-    prompt_of, teacher_of = ({name: index for index, name in enumerate(names)} for names in (prompt_ids, teachers))
-    return Scores(
-        score_Nd=np.stack(scores),
-        prompt_N=np.array([prompt_of[one.prompt_id] for one in found], np.int64),
-        repeat_N=np.array([one.repeat for one in found], np.int64),
-        teacher_N=np.array([-1 if one.teacher is None else teacher_of[one.teacher] for one in found], np.int64),
-        is_correct_N=np.array([sample.is_correct for sample in samples], np.bool_),
-        reward_N=np.array([sample.reward for sample in samples], np.float64),
-        length_N=np.array([sample.num_response_tokens for sample in samples], np.int64),
-        log_ratio_N=ratios,
-        prompt_ids=tuple(prompt_ids),
-        teachers=tuple(teachers),
-        step=step,
+def _gathered(prober: Prober, groups: Sequence[GradedGroup], step: int, name: Path) -> Scores | None:
+    """Return the scores of all replicas' prompts on the global leader; None elsewhere."""
+    ranks = prober.ranks
+    mine = score_groups(
+        groups,
+        step,
+        policy=prober.policy,
+        ranks=ranks,
+        cfg=prober.cfg,
+        group_size=prober.group_size,
+        reference=prober.objective.reference.mode,
     )
+    own, part = [] if mine is None else [mine], None
+    if own and not ranks.is_global_leader:
+        part = name.with_name(f"{name.name}.replica_{ranks.replica}.npz")
+        _save(own.pop(), part)
+    paths = [path for path in ranks.of_leaders(part) if path is not None]
+    if not ranks.is_global_leader:
+        return None
+    parts = [*own, *map(load, paths)]
+    for path in paths:
+        path.unlink()
+    return parts[0] if len(parts) == 1 else join(parts)
 
 
-def _log_ratios(prober: Prober, samples: Sequence[Sample]) -> dict[str, NDArray[np.float64]]:
-    """Return Σ_t log π − log π_ref, by reference: π_old, and the policy's own if it keeps one."""
-    ratios = {"old": np.zeros(len(samples))}
-    if prober.policy.keeps_reference:
-        own, reference = prober.policy.logprobs(samples), prober.policy.reference_logprobs(samples)
-        totals = [float((a.astype(np.float64) - b).sum()) for a, b in zip(own, reference, strict=True)]
-        ratios[prober.objective.reference.mode] = np.array(totals, np.float64)
-    return ratios
+def _save(scores: Scores, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(scores, path)
 
 
 def _analyse(prober: Prober, scores: Scores) -> dict[str, Any]:
@@ -194,18 +165,9 @@ def _analyse(prober: Prober, scores: Scores) -> dict[str, Any]:
     return analyse(scores, setting, cfg.alpha_at(scores.step), target=prober.cfg.target_teacher, seed=prober.cfg.seed)
 
 
-def _joined(parts: Sequence[Path], path: Path) -> Scores:
-    """Put the replicas' files together in one at ``path``, and remove them."""
-    scores = join([load(part) for part in parts])
-    save(scores, path)
-    for part in parts:
-        part.unlink()
-    return scores
-
-
-def _cost(scores: Scores, clock: Sequence[float]) -> dict[str, float]:
-    """Return what the probe took; ``clock`` has the times at its start and after each of its three parts."""
-    seconds = [after - before for before, after in itertools.pairwise(clock)]
+def _cost(scores: Scores, rollout_seconds: float, clock: Sequence[float]) -> dict[str, float]:
+    """Return what the probe took; ``clock`` has the times before the scores, after them and after the estimates."""
+    seconds = [rollout_seconds, *(after - before for before, after in itertools.pairwise(clock))]
     return {
         **dict(zip(_SECONDS, seconds, strict=True)),
         "trajectories": len(scores.length_N),

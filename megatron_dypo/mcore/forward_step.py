@@ -120,14 +120,19 @@ def add_over_ranks(sums: Mapping[str, float], layout: MeshRank) -> dict[str, flo
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def score_pass(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> None:
-    """Run forward and backward of Σ log π over the response tokens. The microbatches need no streams."""
+def score_pass(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> Tensor:
+    """Run forward and backward of Σ log π over the response tokens. The microbatches need no streams.
+
+    Returns:
+        [] float64 Σ log π over the tokens of this context-parallel rank, on the last pipeline stage; 0 on other stages.
+    """
 
     def total(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        value = output[0].sum()
-        return value, torch.tensor(1, dtype=torch.int), value.detach()
+        logp_N = output[0]
+        return logp_N.sum(), torch.tensor(1, dtype=torch.int), logp_N.detach().double().sum()
 
-    _run(chunks, microbatches, total, forward_only=False)
+    reports = _run(chunks, microbatches, total, forward_only=False)
+    return sum(reports, start=torch.zeros((), dtype=torch.float64, device=device()))
 
 
 def logprob_pass(

@@ -29,6 +29,16 @@ from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Floats, Sample
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceScore:
+    """The score of one trajectory."""
+
+    score_d: Floats
+    """[d] Projection of ∇_θ Σ_t log π_θ(a_t)."""
+    logp: float
+    """Σ_t log π_θ(a_t), which the forward pass of the score has anyway."""
+
+
 def sequence_scores(
     chunks: Sequence[torch.nn.Module],
     samples: Sequence[Sample],
@@ -39,8 +49,8 @@ def sequence_scores(
     token_multiple: int = 1,
     bar: Progress | None = None,
     replay: RoutingReplay | None = None,
-) -> Iterator[Floats]:
-    """Yield the projected score of each sample, [d] float32, in order. Collective over the replica.
+) -> Iterator[SequenceScore]:
+    """Yield the score of each sample, in order. Collective over the replica.
 
     Every rank of the replica passes the same samples; the leader gets the scores, the other ranks get zeros. If
     replicas share experts, the tokens of one meet those of another in them, so all replicas must pass the same samples
@@ -52,11 +62,11 @@ def sequence_scores(
         for sample in samples:
             zero_gradients(chunks)
             parts = pack_alone([sample], layout, token_multiple=token_multiple, streams=(), replay=replay)
-            score_pass(chunks, parts)
-            score_d = _summed(_projected(held, projector), layout)
+            logp = score_pass(chunks, parts).cpu() * (layout.tp_rank == 0)  # all tensor-parallel ranks have it
+            whole = _summed(torch.cat([_projected(held, projector), logp[None]]), layout)
             if bar is not None:
                 bar.update(1)
-            yield score_d.to(torch.float32).numpy()
+            yield SequenceScore(score_d=whole[:-1].to(torch.float32).numpy(), logp=float(whole[-1]))
     zero_gradients(chunks)
 
 

@@ -10,7 +10,8 @@ from megatron_dypo.planning.memory import largest_counts
 from megatron_dypo.planning.parameters import whole_model
 from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.setting import Setting
-from megatron_dypo.planning.training import pass_time
+from megatron_dypo.planning.step import reads_reference
+from megatron_dypo.planning.training import logprob_time, pass_time, swap_time
 
 TEACHERS = 2
 """Teachers whose traces are scored, where the config does not name them; the paper's m."""
@@ -27,20 +28,21 @@ class ProbeCost:
     rollout: float
     """Seconds of sampling."""
     scores: float
-    """Seconds of the gradients and their projections."""
+    """Seconds of the gradients, of their projections and of log π_ref."""
     update: float
     """Seconds of updates that learn from the same trajectories one by one: the yardstick for ``scores``."""
     device_bytes: float
-    """Memory that the projection needs beside an update's: the same for any number of trajectories."""
+    """Memory that the projection needs beside an update's: the same for any number of trajectories. The inputs of the
+    pass for log π_ref, at most 41 bytes a token, are not in it."""
     host_bytes: float
-    """Memory of the projected scores on the first leader."""
+    """Memory on the first leader's host for the scores of all replicas and their estimates; see :func:`host_bytes`."""
 
 
 def probe_cost(setting: Setting) -> ProbeCost:
     """Return the cost of one probe with the section ``probe`` of the config."""
     cfg = setting.config
-    rollouts = cfg.probe.prompts * cfg.probe.repeats * cfg.rollout.group_size
-    trajectories = rollouts + cfg.probe.prompts * len(cfg.data.teachers or range(TEACHERS))
+    each, teachers = cfg.probe.repeats * cfg.rollout.group_size, len(cfg.data.teachers or range(TEACHERS))
+    trajectories = cfg.probe.prompts * (each + teachers)
     # Replicas that share experts compute every score together (mcore/scores.py).
     rounds = trajectories if setting.mesh.replicas_share_experts else -(-trajectories // setting.data)
     alone = _one_sequence(setting)
@@ -52,11 +54,32 @@ def probe_cost(setting: Setting) -> ProbeCost:
     return ProbeCost(
         trajectories=trajectories,
         rollout=rollout_round(_sampling(setting)).seconds,
-        scores=rounds * (one.total - one.data - one.optimizer + projection),
+        scores=rounds * (one.total - one.data - one.optimizer + projection) + _reference(setting, trajectories),
         update=rounds * one.total,
         device_bytes=BLOCK["cuda"] * 8 + min(KEPT_ENTRIES, counts) * 4 + 3 * size * 8,
-        host_bytes=trajectories * size * 4,
+        host_bytes=host_bytes(cfg.probe.prompts, each, teachers, size, is_joined=setting.data > 1),
     )
+
+
+def host_bytes(prompts: int, each: int, teachers: int, size: int, *, is_joined: bool) -> float:
+    """Return the peak of the first leader's memory for N scores of ``size`` numbers, 4 bytes each, and their estimates.
+
+    It grows with N. Estimates hold the scores, and gradients in float64: of every prompt and teacher, or of the
+    rollouts of one prompt. Before that, the scores of several replicas are there three times: as parts, put together,
+    and sorted. A check of the scores takes one more byte a number.
+
+    Args:
+        each: rollouts of a prompt.
+        is_joined: whether there are several replicas.
+    """
+    scores = 4.0 * size * prompts * (each + teachers)
+    gradients = 8.0 * size * max(prompts * (3 * teachers + 1), 5 * prompts, prompts + 4.5 * each)
+    return max((3.25 if is_joined else 1.25) * scores, scores + gradients)
+
+
+def _reference(setting: Setting, trajectories: float) -> float:
+    """Return the seconds of log π_ref; 0 without a reference of its own. The gradients' forward passes have log π."""
+    return logprob_time(setting, trajectories).total + swap_time(setting) if reads_reference(setting) else 0.0
 
 
 def _one_sequence(setting: Setting) -> Setting:

@@ -149,8 +149,8 @@ def _probe(plan: Plan) -> list[str]:
         f"  {'rollout':<15}{cost.rollout:>9.1f}   s {_bounds(cost.rollout, 'rollout')}",
         f"  {'scores':<15}{cost.scores:>9.1f}   s {scored} for {cost.trajectories:,} trajectories, "
         f"or {cost.scores / step.total:.1f} steps; {cost.scores / cost.update:.2f} of updates from one trajectory each",
-        f"  {'memory':<15}{cost.device_bytes / GIB:>9.2f}   GiB on a GPU; {cost.host_bytes / GIB:.2f} GiB on the host "
-        "of the first rank",
+        f"  {'memory':<15}{cost.device_bytes / GIB:>9.2f}   GiB on a GPU, for any number of trajectories; "
+        f"{cost.host_bytes / GIB:.2f} GiB on the host of the first rank, for these",
     ]
 
 

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_dypo.probe.resample import UNKNOWN, Estimate, Tree
+from megatron_dypo.probe.teachers import GIVEN
 
 Verdict = Literal["holds", "does not hold", "cannot be told"]
 NEGLIGIBLE = 0.1
 """Correlations and relative errors up to this size count as none."""
 LEVEL = 0.05
+_ONE_TEACHER = "fewer than two teachers"
+_NO_TARGET = "without a target the error is the distance from the teachers' mean, which falls as 1/m whatever they are"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +94,12 @@ def judge(
         *((f"{name}_gate", f"The gate of {words} is a scalar in expectation (eq. 4; figure: relative error).",
            gates[name]["relative_error"], {"below": NEGLIGIBLE})
           for name, words in (("hard_sft", "Hard for SFT"), ("mid_grpo", "Mid for GRPO"), ("mid_gal", "Mid for GAL"))),
-        ("teachers_slope", "The bias falls as 1/m with m teachers (eq. 9; figure: σ², the slope).",
-         UNKNOWN if teachers is None else teachers["slope"], {"above": 0.0}),
     ]  # fmt: skip
     found = [_assumption(name, claim, figure, decide(figure, **bound)) for name, claim, figure, bound in bounded]
     correlation = ratios["correlation"]
     claim = "GRPO's and GAL's gradients have no covariance, which the paper leaves out (figure: correlation)."
     found.insert(1, _assumption("no_covariance", claim, correlation, decide_zero(correlation)))
-    return [*found, _independence(teachers)]
+    return [*found, _division(teachers), _independence(teachers)]
 
 
 def _assumption(name: str, claim: str, estimate: Estimate, decided: tuple[Verdict, str]) -> Assumption:
@@ -106,11 +107,26 @@ def _assumption(name: str, claim: str, estimate: Estimate, decided: tuple[Verdic
     return Assumption(name=name, claim=claim, verdict=verdict, estimate=estimate, why=why)
 
 
+def _division(teachers: Tree | None) -> Assumption:
+    """Judge by the part of the error that does not fall with m; the slope σ² is positive whatever the teachers are."""
+    claim = (
+        "m teachers divide the squared error of one by m (eq. 9 with b² = 0; figure: the share that stays, "
+        "b²/(b² + σ²); without a target: σ²)."
+    )
+    if teachers is None:
+        return _assumption("teachers_slope", claim, UNKNOWN, ("cannot be told", _ONE_TEACHER))
+    slope: Any = teachers["slope"]
+    share: Any = teachers["common_share"]
+    if teachers["target"] != GIVEN:
+        return _assumption("teachers_slope", claim, slope, ("cannot be told", _NO_TARGET))
+    return _assumption("teachers_slope", claim, share, decide_zero(share))
+
+
 def _independence(teachers: Tree | None) -> Assumption:
     """Judge by Hotelling's test; "holds" needs every correlation to be small as well."""
-    claim = "The errors of teachers are independent of each other (eq. 9; figure: largest correlation beyond b²)."
+    claim = "Beyond b², the teachers' errors are independent of each other (eq. 9; figure: largest correlation)."
     if teachers is None:
-        return _assumption("teachers_independent", claim, UNKNOWN, ("cannot be told", "fewer than two teachers"))
+        return _assumption("teachers_independent", claim, UNKNOWN, ("cannot be told", _ONE_TEACHER))
     test: Any = teachers["equal_products"]
     largest: Any = teachers["largest_correlation"]
     if test["p"] is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from megatron_dypo.objective.gal import gal_coefficients
 from megatron_dypo.probe.scores import Floats, Integers, Scores
 
 LengthNormalization = Literal["sum", "sequence_mean", "token_mean", "group_mean", "constant"]
-_NORMALIZATIONS = LengthNormalization.__args__  # type: ignore[attr-defined]
+NORMALIZATIONS: tuple[LengthNormalization, ...] = get_args(LengthNormalization)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Setting:
         require(self.group_size >= 2, f"group_size={self.group_size}", "must be at least 2")
         require_positive(self, "advantage_epsilon", "constant_length", "beta_gal")
         name = self.length_normalization
-        require(name in _NORMALIZATIONS, f"length_normalization={name}", f"must be one of {', '.join(_NORMALIZATIONS)}")
+        require(name in NORMALIZATIONS, f"length_normalization={name}", f"must be one of {', '.join(NORMALIZATIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from megatron_dypo.checks import require
-from megatron_dypo.metrics.probe_files import FORMAT
+from megatron_dypo.metrics.probe_files import FORMAT, describe_cost
 from megatron_dypo.probe.assumptions import judge
 from megatron_dypo.probe.gate import estimate_gate, hard_gate, mid_gate
 from megatron_dypo.probe.gradients import Groups, Setting, make_groups
@@ -95,12 +95,16 @@ def _tiers(groups: Groups, seed: int) -> Tree:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """Return the result as text: the assumptions, then the figures with their 95% intervals."""
+    """Return the result as text: the assumptions, then the figures with their 95% intervals.
+
+    The second line is what the probe took, if the result has a ``cost``: :func:`analyse` alone does not measure one.
+    """
     head = (
         f"probe of step {result['step']}: {result['prompts']} prompts, {result['rollouts']} rollouts in groups of "
         f"{result['setting']['group_size']}, {result['traces']} traces, {result['dimensions']} dimensions"
     )
-    lines = [head, "", "Assumptions of the paper"]
+    lines = [head, *([f"cost: {describe_cost(result['cost'])}"] if "cost" in result else [])]
+    lines += ["", "Assumptions of the paper"]
     for one in result["assumptions"]:
         lines += [
             f"  {one['verdict'].upper():<14}  {one['claim']}",

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatron_dypo.probe.gradients import LengthNormalization, Setting, make_groups
+from megatron_dypo.probe.gradients import NORMALIZATIONS, Setting, make_groups
 from megatron_dypo.probe.mixing import estimate_moments
 from megatron_dypo.probe.moments import make_products
 from megatron_dypo.probe.resample import Tree
 from megatron_dypo.probe.scores import Scores
-
-NORMALIZATIONS: tuple[LengthNormalization, ...] = ("sum", "sequence_mean", "token_mean", "constant")
 
 
 def estimate_sensitivity(scores: Scores, setting: Setting, alpha: float, *, seed: int = 0) -> list[Tree]:

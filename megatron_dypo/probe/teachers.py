@@ -5,10 +5,12 @@ that of the target. With D_q[j, l] = ⟨e_j(q), e_l(q)⟩ and means over prompts
 
     b² = mean of D[j, l] over j ≠ l        σ² = mean of D[j, j] − b²        E|mean error of m teachers|² = b² + σ²/m
 
-The last equation is an identity for the mean over all subsets of m teachers, whatever the errors are. So a fit of the
-curve can not fail; two things can. The nested subsets in the configured order lie off the curve, and the entries of D
-differ more than by chance, which Hotelling's T² over prompts tells. A target that is a mean over few samples has an
-error of its own, which all teachers share: it is part of b².
+The last equation is an identity for the mean over all subsets of m teachers, whatever the errors are, and σ² is half
+the mean squared distance of two teachers, which is positive unless they agree. So a fit of the curve can not fail;
+three things can. The share b²/(b² + σ²) of one teacher's squared error is not 0: m teachers do not divide that part,
+which is a bias of all or comes from traces that copy each other. The nested subsets in the configured order lie off the
+curve. And the entries of D differ more than by chance, which Hotelling's T² over prompts tells. A target that is a mean
+over few samples has an error of its own, which all teachers share: it is part of b².
 
 Without an external target, g* is the mean of all M teachers. Then b² cannot be measured, and is 0 by construction: what
 all teachers have in common counts as right. Errors against their own mean are too small by σ²/M, which is added back.
@@ -24,8 +26,11 @@ from scipy import stats
 
 from megatron_dypo.checks import require
 from megatron_dypo.probe.gradients import Setting, sft_gradients
-from megatron_dypo.probe.resample import Estimate, Tree, estimate, jackknife_weights
+from megatron_dypo.probe.resample import UNKNOWN, Estimate, Tree, estimate, jackknife_weights, ratio
 from megatron_dypo.probe.scores import Floats, Scores
+
+GIVEN = "given"
+"""The estimates' ``target`` where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,7 +73,10 @@ def teacher_errors(scores: Scores, setting: Setting, target: str | None = None) 
 
 
 def estimate_teachers(errors: TeacherErrors, *, seed: int = 0) -> Tree | None:
-    """Return b², σ² (the slope of the curve over 1/m), the curve and the tests; None with fewer than two teachers."""
+    """Return b², σ² (the slope of the curve over 1/m), the curve and the tests; None with fewer than two teachers.
+
+    ``common_share`` is b²/(b² + σ²), unknown without a target.
+    """
     num_prompts, num_teachers = errors.product_PMM.shape[:2]
     if num_teachers < 2 or num_prompts == 0:
         return None
@@ -91,11 +99,12 @@ def estimate_teachers(errors: TeacherErrors, *, seed: int = 0) -> Tree | None:
     return {
         "names": ", ".join(errors.names),
         "prompts": num_prompts,
-        "target": "given" if errors.has_target else "mean of all teachers: b² is 0 by construction",
+        "target": GIVEN if errors.has_target else "mean of all teachers: b² is 0 by construction",
         "offset": estimate(offset_B, informative=num_prompts)
         if errors.has_target
         else Estimate(value=0.0, low=None, high=None),
         "slope": estimate(slope_B, informative=num_prompts, scale="log"),
+        "common_share": _common_share(offset_B, slope_B, num_prompts) if errors.has_target else UNKNOWN,
         "curve": curve,
         "equal_products": hotelling(off_diagonal(errors.product_PMM)),
         "equal_sizes": hotelling(_diagonal(errors)),
@@ -105,6 +114,9 @@ def estimate_teachers(errors: TeacherErrors, *, seed: int = 0) -> Tree | None:
 
 def hotelling(value_PJ: Floats) -> Tree:
     """Test by Hotelling's T² whether J quantities have equal means over prompts: J − 1 contrasts, F distributed.
+
+    Contrasts that are 0 on every prompt count as none: where a teacher always copies another, their products with a
+    third are the same.
 
     Returns:
         ``p``, None if there is nothing to test, or too few prompts for as many contrasts; ``why`` says which.
@@ -118,9 +130,11 @@ def hotelling(value_PJ: Floats) -> Tree:
         return {"p": None, "contrasts": contrasts, "why": why}
     difference_PC = value_PJ[:, 1:] - value_PJ[:, :1]
     mean_C, covariance_CC = difference_PC.mean(axis=0), np.atleast_2d(np.cov(difference_PC.T))
-    if np.linalg.matrix_rank(covariance_CC) < contrasts:
-        return {"p": None, "contrasts": contrasts, "why": "the differences depend on each other linearly"}
-    t_squared = num_prompts * float(mean_C @ np.linalg.solve(covariance_CC, mean_C))
+    contrasts = int(np.linalg.matrix_rank(covariance_CC, hermitian=True))
+    solved_C = np.linalg.lstsq(covariance_CC, mean_C, rcond=None)[0]
+    if contrasts == 0 or not np.allclose(covariance_CC @ solved_C, mean_C):
+        return {"p": None, "contrasts": contrasts, "why": "differences are the same on every prompt"}
+    t_squared = num_prompts * float(mean_C @ solved_C)
     freedom = num_prompts - contrasts
     p = float(stats.f.sf(t_squared * freedom / (contrasts * (num_prompts - 1)), contrasts, freedom))
     return {"p": p, "contrasts": contrasts, "why": f"T² = {t_squared:.3g} over {num_prompts} prompts"}
@@ -144,6 +158,12 @@ def _fit(product_BMM: Floats) -> tuple[Floats, Floats]:
     return offset_B, np.einsum("bii->b", product_BMM) / product_BMM.shape[1] - offset_B
 
 
+def _common_share(offset_B: Floats, slope_B: Floats, informative: int) -> Estimate:
+    """Return b²/(b² + σ²), the mean correlation of the errors of two teachers about the target."""
+    share_B = ratio(offset_B, offset_B + slope_B)
+    return estimate(share_B, informative=informative, scale="fisher", least=-1.0, largest=1.0)
+
+
 def _largest_correlation(product_BMM: Floats, informative: int) -> Estimate:
     """Return (D[j, l] − b²)/σ² of the pair where it is largest in size, with an interval for all pairs together.
 
@@ -153,7 +173,7 @@ def _largest_correlation(product_BMM: Floats, informative: int) -> Estimate:
     offset_B, slope_B = _fit(product_BMM)
     pairs = off_diagonal(product_BMM)
     if pairs.shape[1] < 2 or slope_B[0] <= 0:
-        return Estimate(value=None, low=None, high=None)
+        return UNKNOWN
     found = [estimate((pair_B - offset_B) / slope_B, informative=informative) for pair_B in pairs.T]
     value = max((one.value or 0.0 for one in found), key=abs)
     lows, highs = [one.low for one in found if one.low is not None], [one.high for one in found if one.high is not None]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_dypo.probe.scores import load
+from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.families.registry import family_rows
+from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
+from megatron_dypo.probe.gradients import Setting
+from megatron_dypo.probe.result import analyse
+from megatron_dypo.probe.scores import Scores, load
 from tests.support.e2e.commands import finished, start, steps_of, train
 from tests.support.e2e.parity_task import write_task
 
-PROMPTS, REPEATS, GROUP = 8, 3, 4
+PROMPTS, REPEATS, GROUP, SIZE = 8, 3, 4, 512
 SECTIONS: dict[str, Any] = {
     "parallel": {"pipeline": 2},
     "objective": {"alpha": "auto"},
-    "probe": {"every": 1, "prompts": PROMPTS, "repeats": REPEATS, "dimension": 512},
+    "probe": {"every": 1, "prompts": PROMPTS, "repeats": REPEATS, "dimension": SIZE},
 }
 
 
@@ -37,7 +44,9 @@ def test_a_probe_in_training_keeps_its_scores_and_alpha_follows_it(run: Path) ->
     records = steps_of(run)
     for step in (1, 2):
         scores = load(run / "probe" / f"step_{step:06d}.npz")
-        assert scores.score_Nd.shape == (PROMPTS * (REPEATS * GROUP + 2), 512), "rollouts and two traces of each prompt"
+        assert scores.score_Nd.shape == (PROMPTS * (REPEATS * GROUP + 2), SIZE), (
+            "rollouts and two traces of each prompt"
+        )
         norms = np.linalg.norm(scores.score_Nd, axis=1)
         assert norms.max() < 20 * np.median(norms), "nothing of the update before is left in a score"
         assert set(scores.log_ratio_N) == {"old", "frozen"}
@@ -60,12 +69,45 @@ def test_the_command_measures_the_weights_that_a_run_began_with_and_those_of_a_c
     assert np.abs(ratios).max() < 1e-4, "the initial weights are the reference"
     assert "Assumptions of the paper" in output
     before = (run / "probe" / "step_000001.json").read_bytes()
-    finished(start("probe", run / "checkpoints" / "step_000001", "probe.prompts=4", cwd=run.parent))
+    in_training = load(run / "probe" / "step_000001.npz")
+    options = ("probe.prompts=4", "probe.dimension=0")
+    finished(start("probe", run / "checkpoints" / "step_000001", *options, cwd=run.parent))
     assert (run / "probe" / "step_000001.json").read_bytes() != before
-    scores = load(run / "probe" / "step_000001.npz")
-    assert len(scores.prompt_ids) == 4
-    assert np.abs(scores.log_ratio_N["frozen"]).max() > 1e-4, "one step has moved the weights"
+    exact = load(run / "probe" / "step_000001.npz")
+    assert exact.prompt_ids == in_training.prompt_ids[:4]
+    assert np.abs(exact.log_ratio_N["frozen"]).max() > 1e-4, "one step has moved the weights"
     assert sorted(steps_of(run)) == [1, 2], "a probe writes no metrics of the run"
+    projected = projected_by_tensor(exact, run.parent / "model")
+    # The same traces under the same weights; the rollouts are others.
+    ours, theirs = (one.score_Nd[(one.teacher_N >= 0) & (one.prompt_N < 4)] for one in (projected, in_training))
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    require_near(projected, result_of(run, 1))
+
+
+def projected_by_tensor(scores: Scores, model: Path) -> Scores:
+    """Project whole gradients, an HF tensor at a time, to the probe's dimension in training."""
+    arch = load_architecture(model)
+    whole, projection = WholeGradient(arch), RandomProjection(SIZE, 0)
+    assert scores.score_Nd.shape[1] == whole.size
+    total_ND = np.zeros((len(scores.score_Nd), 2 * SIZE))
+    for row in family_rows(arch):
+        for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True):
+            rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
+            entries, slots = (
+                one.slots(name, torch.arange(rows), torch.arange(columns), columns).flatten().numpy()
+                for one in (whole, projection)
+            )
+            for total_D, score_P in zip(total_ND, scores.score_Nd, strict=True):
+                total_D += np.bincount(slots, score_P[entries], 2 * SIZE)
+    return replace(scores, score_Nd=(total_ND[:, :SIZE] - total_ND[:, SIZE:]).astype(np.float32))
+
+
+def require_near(projected: Scores, exact: dict[str, Any]) -> None:
+    """Require the variances of a projection to be within four times its stated error of the exact ones."""
+    found = analyse(projected, Setting(**exact["setting"]), exact["alpha"])
+    for term in ("grpo", "gal"):
+        ours, theirs = (one["moments"]["all"]["total"][term]["value"] for one in (found, exact))
+        assert ours == pytest.approx(theirs, rel=4 * found["projection_error"], abs=1e-12), term
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def score(path: Path, dtype: Any, layout: Any) -> dict[str, torch.Tensor]:
     scores = sequence_scores(chunks, samples, RandomProjection(SIZE, SEED), arch=arch, layout=layout)
     return {
         "logp": torch.from_numpy(np.concatenate(logp)),
-        "scores": torch.stack([torch.from_numpy(np.array(each)) for each in scores]),
+        "scores": torch.stack([torch.from_numpy(each.score_d) for each in scores]),
     }
 
 

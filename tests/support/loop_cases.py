@@ -32,7 +32,7 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.policy import UpdateReport
+from megatron_dypo.loop.policy import PolicyScores, UpdateReport
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.replica import Books, Follower, Leader
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
@@ -240,13 +240,14 @@ class FakePolicy:
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return [np.full(sample.num_response_tokens, -0.5, np.float32) for sample in samples]
 
-    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Any]:
-        """Return vectors that depend on the tokens alone."""
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> PolicyScores:
+        """Return vectors that depend on the tokens alone, and the sums of :meth:`logprobs`."""
         assert self._is_leader or not samples, "a follower holds no samples"
-        return [
-            np.random.default_rng([seed, *sample.tokens.tolist()]).normal(size=dimension).astype(np.float32)
-            for sample in samples
-        ]
+        score_Nd = np.empty((len(samples), dimension), np.float32)
+        for index, sample in enumerate(samples):
+            score_Nd[index] = np.random.default_rng([seed, *sample.tokens.tolist()]).normal(size=dimension)
+        logp_N = np.array([-(1.0 + self.version) * sample.num_response_tokens for sample in samples])
+        return PolicyScores(score_Nd=score_Nd, logp_N=logp_N)
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return self.logprobs(samples)

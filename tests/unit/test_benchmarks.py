@@ -22,7 +22,7 @@ LAST_LINES = {
     "plan_search": {"search_70b_s", "search_235b_s"},
     "refit": {"bandwidth_vs_raw", "time_vs_broadcast", "time_vs_broadcast_2_servers"},
     "interval_coverage": {"coverage_3_or_more_seeds", "coverage_2_seeds"},
-    "probe": {"time_vs_updates", "memory_256_vs_32"},
+    "probe": {"time_vs_updates", "device_memory_128_vs_16", "host_vs_plan"},
     "probe_coverage": {"least_coverage"},
     "saving": {"async_share", "sync_share", "none_share"},
     "routes": {"read_vs_text", "cut_vs_whole", "gib_for_1024", "share_of_step"},

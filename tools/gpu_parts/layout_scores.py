@@ -24,7 +24,7 @@ def score_layout(layout: MeshRank, path: Path, dtype: Dtype, parallel: ParallelC
     load_initial_weights(chunks, model, arch, layout)
     samples = _samples(arch.vocab_size)
     scores = sequence_scores(chunks, samples, RandomProjection(_SIZE, _SEED), arch=arch, layout=layout)
-    return {"scores": [score.tolist() for score in scores]}
+    return {"scores": [score.score_d.tolist() for score in scores]}
 
 
 def _samples(vocab: int) -> list[Sample]:

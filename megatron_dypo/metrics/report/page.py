@@ -18,7 +18,7 @@ from megatron_dypo.metrics.goodput import measure_goodput
 from megatron_dypo.metrics.planned import compare_with_plan, read_planned
 from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 from megatron_dypo.metrics.report.plots import Plot, build_plots
-from megatron_dypo.metrics.report.probes import probe_plots, read_probes, verdict_rows
+from megatron_dypo.metrics.report.probes import probe_part, probe_plots, read_probes
 from megatron_dypo.metrics.report.sample_table import select_samples
 from megatron_dypo.metrics.report.tiles import build_tiles, duration, goodput_tiles
 from megatron_dypo.metrics.versions import VERSIONS_FILE
@@ -61,7 +61,7 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
         plots=[*build_plots(records, read_declared(run_dir)), *probe_plots(probes)],
         planned=planned,
         compared=compare_with_plan(planned, records) if planned else [],
-        probe=({"step": probes[-1]["step"], "verdicts": verdict_rows(probes[-1])} if probes else None),
+        probe=probe_part(probes[-1]) if probes else None,
         samples=select_samples(run_dir),
     )
     path = out or run_dir / REPORT_FILE

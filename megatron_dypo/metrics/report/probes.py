@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from megatron_dypo.metrics.probe_files import FOLDER, FORMAT
+from megatron_dypo.metrics.probe_files import FOLDER, FORMAT, describe_cost
 from megatron_dypo.metrics.report.panels import CYCLE, Panel
 from megatron_dypo.metrics.report.plots import Plot, style
 
@@ -26,6 +26,17 @@ _OVER_STEPS = (
       ("best signal", ("signal_to_noise", "best_alpha")))),
 )  # fmt: skip
 """Title, unit, dashed level, note and lines of the plots over steps; a line is a path into the moments given Mid."""
+_DEPENDENT = {
+    "grpo": "Var(GRPO)",
+    "gal": "Var(GAL)",
+    "covariance": "covariance",
+    "gal_to_grpo": "Var(GAL)/Var(GRPO)",
+    "correlation": "correlation",
+    "best_alpha": "best α",
+    "snr_grpo": "signal of GRPO",
+    "snr_gal": "signal of GAL",
+}
+"""Figures of the table of dependences, with the heads of their columns."""
 
 
 def read_probes(run_dir: Path) -> list[dict[str, Any]]:
@@ -47,11 +58,30 @@ def read_probes(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: int(result["step"]))
 
 
+def probe_part(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of one probe beside the plots: verdicts, cost in words, the table of dependences."""
+    return {
+        "step": result["step"],
+        "verdicts": verdict_rows(result),
+        "cost": describe_cost(result["cost"]) if "cost" in result else None,
+        "heads": ["Setting", "Share of Mid", *_DEPENDENT.values()],
+        "dependence": dependence_rows(result),
+    }
+
+
 def verdict_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the assumptions of the paper as rows of a table: claim, verdict, figure, why."""
     return [
         {"claim": one["claim"], "verdict": one["verdict"], "figure": interval(one["estimate"]), "why": one["why"]}
         for one in result["assumptions"]
+    ]
+
+
+def dependence_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return how the figures depend on the setting, as rows of a table: the key with its value, then each figure."""
+    return [
+        [f"{row['key']}: {row['value']}", f"{row['mid_share']:.3g}", *(interval(row[name]) for name in _DEPENDENT)]
+        for row in result["sensitivity"]
     ]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.types import Floats, Sample
-from tests.support.present import present
 
 SIZE, SEED = 4096, 3
 
@@ -24,29 +23,45 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of ``build_model``."""
     recompute: str = "none"
+    is_probed: bool = False
+    """Whether the trajectories of a probe are scored too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """The scores that a leader got: index of a sample → its whole gradient, and its projection."""
+    """What a leader got, by the index of the sample: its whole gradient, its projection, and Σ_t log π."""
 
     whole: dict[int, Floats]
     projected: dict[int, Floats]
+    logp: dict[int, float]
+    probed: dict[int, Floats]
+    """Index of a probe's trajectory → its projected score."""
+    log_ratio: dict[int, float]
+    """Index of a probe's trajectory → Σ_t log π − log π_ref; 0 for a trace."""
 
 
 def rank_scores(
-    rows: dict[str, Row], ports: Sequence[int], paths: dict[str, str], samples: Sequence[Sample]
+    rows: dict[str, Row],
+    ports: Sequence[int],
+    paths: dict[str, str],
+    samples: Sequence[Sample],
+    probed: Sequence[Sample],
 ) -> dict[str, Seen]:
-    """Score the samples under each row in turn; each replica scores its share, or all if replicas share experts."""
+    """Score the samples under each row in turn; each replica scores its share, or all if replicas share experts.
+
+    Args:
+        probed: the trajectories of a probe, for the rows that ``is_probed``.
+    """
     return {
-        name: _row(row, port, paths[row.kind], samples) for (name, row), port in zip(rows.items(), ports, strict=True)
+        name: _row(row, port, paths[row.kind], samples, probed if row.is_probed else ())
+        for (name, row), port in zip(rows.items(), ports, strict=True)
     }
 
 
-def _row(row: Row, port: int, path: str, samples: Sequence[Sample]) -> Seen:
+def _row(row: Row, port: int, path: str, samples: Sequence[Sample], probed: Sequence[Sample]) -> Seen:
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.mcore.scores import sequence_scores
+    from megatron_dypo.mcore.scores import SequenceScore, sequence_scores
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
@@ -63,16 +78,29 @@ def _row(row: Row, port: int, path: str, samples: Sequence[Sample]) -> Seen:
         for parameter in chunk.parameters():
             parameter.grad = parameter.main_grad.fill_(3.0)  # as an fp32 optimizer leaves it
     is_joint = layout.mesh.replicas_share_experts
-    mine = [i for i in range(len(samples)) if is_joint or i % layout.data == layout.dp_rank]
-    found: list[dict[int, Floats]] = []
-    for gradient_map in (WholeGradient(arch), RandomProjection(SIZE, SEED)):
-        scores = sequence_scores(chunks, [samples[i] for i in mine], gradient_map, arch=arch, layout=layout)
+    found: list[dict[int, SequenceScore]] = []
+    projection = RandomProjection(SIZE, SEED)
+    for gradient_map, taken in ((WholeGradient(arch), samples), (projection, samples), (projection, probed)):
+        mine = {i: one for i, one in enumerate(taken) if is_joint or i % layout.data == layout.dp_rank}
+        scores = sequence_scores(chunks, list(mine.values()), gradient_map, arch=arch, layout=layout)
         found.append(dict(zip(mine, scores, strict=True)))
     close(layout)
     if not layout.is_replica_leader:
-        assert not any(np.any(score) for part in found for score in part.values())
-        return Seen(whole={}, projected={})
-    return Seen(whole=found[0], projected=found[1])
+        assert not any(np.any(one.score_d) or one.logp for part in found for one in part.values())
+        return Seen(whole={}, projected={}, logp={}, probed={}, log_ratio={})
+    whole, projected, of_probe = ({i: one.score_d for i, one in part.items()} for part in found)
+    return Seen(
+        whole=whole,
+        projected=projected,
+        logp={i: one.logp for i, one in found[0].items()},
+        probed=of_probe,
+        log_ratio={i: _log_ratio(one.logp, mine[i]) for i, one in found[2].items()},
+    )
+
+
+def _log_ratio(logp: float, sample: Sample) -> float:
+    """Return Σ_t log π − log π_ref; 0 for a trace, which has no log π_ref here."""
+    return 0.0 if sample.ref_logp is None else logp - float(sample.ref_logp.sum(dtype=np.float64))
 
 
 def rank_update(path: str, groups: Sequence[Sequence[Sample]], cfg: Any) -> tuple[Floats, list[Floats], list[float]]:
@@ -105,11 +133,11 @@ def rank_update(path: str, groups: Sequence[Sequence[Sample]], cfg: Any) -> tupl
     load_initial_weights(chunks, model, arch, layout)
     flat = [sample for group in groups for sample in group]
     logps = sequence_logprobs(chunks, flat, layout=layout, budget=64) or []
-    ratios = [
-        float(np.sum(p, dtype=np.float64) - np.sum(present(s.ref_logp), dtype=np.float64))
-        for p, s in zip(logps, flat, strict=True)
-    ]
-    scores = list(sequence_scores(chunks, flat, WholeGradient(arch), arch=arch, layout=layout))
+    scored = list(sequence_scores(chunks, flat, WholeGradient(arch), arch=arch, layout=layout))
+    scores, ratios = (
+        [one.score_d for one in scored],
+        [_log_ratio(one.logp, s) for one, s in zip(scored, flat, strict=True)],
+    )
     old = iter(logps)
     objective, weighted = build_objective(cfg), []
     for group in groups:

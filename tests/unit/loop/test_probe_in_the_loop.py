@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.probe import ProbeReport, probe
 from megatron_dypo.loop.train import train_step
 from megatron_dypo.metrics.names import lookup
+from megatron_dypo.planning.probe import host_bytes
 from megatron_dypo.probe.scores import Scores, load
 from megatron_dypo.types import Verdict
 from tests.support.fake_sglang import FakeSGLang
@@ -97,6 +99,27 @@ def test_two_replicas_write_the_file_of_one(tmp_path: Path) -> None:
         "step_000004.json",
         "step_000004.npz",
     ]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_host_holds_as_much_as_the_plan_says(replicas: int, tmp_path: Path) -> None:
+    import megatron_dypo.probe.result  # noqa: F401, before the start: imports do not count
+
+    size = 2**16
+    with FakeSGLang() as fake:
+
+        def work(ranks: ThreadRanks) -> ProbeReport:
+            prober = run_of(tmp_path, fake, ranks=ranks).prober
+            return probe(dataclasses.replace(prober, cfg=dataclasses.replace(CFG, dimension=size)), 4)
+
+        tracemalloc.start()
+        try:
+            run_in_threads(replicas, work)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    planned = host_bytes(PROMPTS, REPEATS * GROUP, 1, size, is_joined=replicas > 1)
+    assert 0.85 * planned < peak < 1.1 * planned
 
 
 def test_a_prompt_without_all_its_verdicts_is_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_dypo.metrics.report.page import render_report
-from megatron_dypo.metrics.report.probes import interval, probe_plots, read_probes, verdict_rows
+from megatron_dypo.metrics.report.probes import dependence_rows, interval, probe_plots, read_probes, verdict_rows
 from megatron_dypo.probe.gradients import Setting
 from megatron_dypo.probe.result import analyse
 from tests.support.probe_cases import Population, draw_rollouts, to_scores
@@ -71,6 +71,24 @@ def test_the_page_has_the_verdicts_of_the_last_probe(run: Path, results: list[di
         assert row["verdict"] in {"holds", "does not hold", "cannot be told"}
         assert row["verdict"] in page
     assert "assumptions of the paper" not in render_report(make_run(run.parent / "plain", 1)).read_text()
+
+
+def test_the_page_has_the_dependence_on_the_setting(run: Path, results: list[dict[str, Any]]) -> None:
+    rows, page = dependence_rows(results[-1]), render_report(run).read_text()
+    assert {"group_size: 4", "length_normalization: group_mean", "reference: frozen"} <= {row[0] for row in rows}
+    for row, found in zip(rows, results[-1]["sensitivity"], strict=True):
+        assert row[6] == interval(found["correlation"])
+        assert len(row) == len(found) - 1  # key and value share a cell
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in page
+    assert page.index("<th>correlation</th>") > page.index("Dependence on the setting")
+
+
+def test_the_page_has_the_cost_of_a_probe_that_was_measured(run: Path, results: list[dict[str, Any]]) -> None:
+    assert "Cost of this probe" not in render_report(run).read_text()
+    cost = {"rollout_seconds": 1.5, "score_seconds": 2.5, "estimate_seconds": 1.0, "trajectories": 96}
+    last = {**results[-1], "cost": {**cost, "response_tokens": 1234, "dimension": 6}}
+    (run / "probe" / "step_1000000.json").write_text(json.dumps(last))
+    assert "Cost of this probe: 5 s: 1.5 s for rollouts, 2.5 s for scores" in render_report(run).read_text()
 
 
 def test_an_estimate_is_shown_with_what_is_known_of_it() -> None:

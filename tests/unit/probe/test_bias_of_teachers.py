@@ -122,6 +122,18 @@ def test_hotelling_does_not_depend_on_the_choice_of_contrasts():
     assert first["p"] == pytest.approx(second["p"])
 
 
+def test_hotelling_does_not_count_a_quantity_that_equals_another():
+    values = np.random.default_rng(6).standard_normal((30, 4)) * [1, 2, 3, 1]
+    first: Any = hotelling(values)
+    second: Any = hotelling(values[:, [0, 2, 1, 1, 3, 0]])
+    assert (first["contrasts"], first["p"]) == (second["contrasts"], pytest.approx(second["p"]))
+
+
+def test_quantities_that_are_equal_on_every_prompt_are_not_tested():
+    found: Any = hotelling(np.random.default_rng(6).standard_normal((30, 1)) * np.ones(3))
+    assert (found["p"], found["contrasts"]) == (None, 0)
+
+
 @pytest.mark.parametrize(("prompts", "is_tested"), [(7, True), (6, False)])
 def test_too_few_prompts_are_said_and_not_tested(prompts, is_tested):
     found: Any = hotelling(np.random.default_rng(7).standard_normal((prompts, 6)))

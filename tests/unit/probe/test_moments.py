@@ -100,6 +100,46 @@ def test_intervals_contain_the_population_in_at_least_nine_trials_of_ten(scope):
     assert {key: share for key, share in shares.items() if share < 0.9} == {}
 
 
+INTERIOR = Population(lean=1.4, noise_sd=1.0, signal=2.0)
+STEEP = Setting(group_size=4, length_normalization="sum", beta_gal=2.0)
+"""GAL's weights vary so much with β = 2 that neither gradient alone has the least variance."""
+
+
+def draw_interior(seed, prompts):
+    return draw_rollouts(np.random.default_rng(seed), INTERIOR, prompts=prompts, repeats=4, group_size=4)
+
+
+def least_variance_by_brute_force(given_mid):
+    """Return the α of the least variance of the mixed gradients of 25,000 prompts, with and without the covariance.
+
+    Without it, the variance is taken to be α²·Var(GRPO) + (1 − α)²·Var(GAL).
+    """
+    found = naive_gradients(draw_interior(99, 25_000), divide_by_length=False, beta=2.0)
+    kept = found["is_mid"] if given_mid else np.ones_like(found["is_mid"])
+    grpo, gal = found["grpo"][kept], found["gal"][kept]
+    alphas = np.linspace(0, 1, 201)
+    variances = [float(np.var(alpha * grpo + (1 - alpha) * gal, axis=0).sum()) for alpha in alphas]
+    apart = alphas**2 * variances[-1] + (1 - alphas) ** 2 * variances[0]
+    return float(alphas[np.argmin(variances)]), float(alphas[np.argmin(apart)])
+
+
+@pytest.mark.parametrize("scope", ["all", "mid"])
+def test_intervals_contain_a_best_alpha_between_the_two_terms(scope):
+    best, without = least_variance_by_brute_force(scope == "mid")
+    assert 0.3 < without < best - 0.1
+    assert best < 0.7
+    scores = [to_scores(draw_interior(1000 + seed, 60)) for seed in range(50)]
+    found: Any = [estimate_moments(make_products(one, make_groups(one, STEEP)), ALPHA, scope)["mix"] for one in scores]
+
+    def contain(name, value):
+        return np.mean([one[name].low <= value <= one[name].high for one in found])
+
+    for name, truth, wrong in (("best_alpha", best, 0.25), ("best_alpha_without_covariance", without, best)):
+        assert contain(name, truth) >= 0.9
+        assert contain(name, wrong) < 0.5
+        assert all(0 < one[name].high - one[name].low < 1 for one in found)
+
+
 @pytest.mark.parametrize("scope", ["all", "mid"])
 def test_estimates_of_moments_are_unbiased(scope):
     expected = truth(scope == "mid")
