@@ -162,7 +162,14 @@ def _analyse(prober: Prober, scores: Scores) -> dict[str, Any]:
         reference=mode if mode in scores.log_ratio_N else "old",
         beta_gal=cfg.beta_gal,
     )
-    return analyse(scores, setting, cfg.alpha_at(scores.step), target=prober.cfg.target_teacher, seed=prober.cfg.seed)
+    return analyse(
+        scores,
+        setting,
+        cfg.alpha_at(scores.step),
+        target=prober.cfg.target_teacher,
+        seed=prober.cfg.seed,
+        is_projected=prober.cfg.dimension > 0,
+    )
 
 
 def _cost(scores: Scores, rollout_seconds: float, clock: Sequence[float]) -> dict[str, float]:

@@ -65,8 +65,8 @@ def host_bytes(prompts: int, each: int, teachers: int, size: int, *, is_joined: 
     """Return the peak of the first leader's memory for N scores of ``size`` numbers, 4 bytes each, and their estimates.
 
     It grows with N. Estimates hold the scores, and gradients in float64: of every prompt and teacher, or of the
-    rollouts of one prompt. Before that, the scores of several replicas are there three times: as parts, put together,
-    and sorted. A check of the scores takes one more byte a number.
+    rollouts of one prompt. Before that, the scores of several replicas are there twice: as parts, and sorted. A check
+    of the scores takes one more byte a number.
 
     Args:
         each: rollouts of a prompt.
@@ -74,7 +74,7 @@ def host_bytes(prompts: int, each: int, teachers: int, size: int, *, is_joined: 
     """
     scores = 4.0 * size * prompts * (each + teachers)
     gradients = 8.0 * size * max(prompts * (3 * teachers + 1), 5 * prompts, prompts + 4.5 * each)
-    return max((3.25 if is_joined else 1.25) * scores, scores + gradients)
+    return max((2.25 if is_joined else 1.25) * scores, scores + gradients)
 
 
 def _reference(setting: Setting, trajectories: float) -> float:

@@ -24,7 +24,13 @@ from megatron_dypo.probe.teachers import estimate_teachers, teacher_errors
 
 
 def analyse(
-    scores: Scores, setting: Setting, alpha: float, *, target: str | None = None, seed: int = 0
+    scores: Scores,
+    setting: Setting,
+    alpha: float,
+    *,
+    target: str | None = None,
+    seed: int = 0,
+    is_projected: bool = True,
 ) -> dict[str, Any]:
     """Compute every estimate.
 
@@ -32,6 +38,7 @@ def analyse(
         alpha: the configured α of the mix.
         target: the teacher whose traces are the right answer's own data; None: the mean of all teachers.
         seed: of the jackknife's blocks, where there are many prompts.
+        is_projected: whether the scores are projections, which have an error, or whole gradients.
 
     Returns:
         Only dicts, lists, numbers, texts and None, as JSON has them. An estimate has ``value``, ``low`` and ``high``.
@@ -53,6 +60,7 @@ def analyse(
     assumptions = judge(moments["mid"], cast(Any, margins[setting.reference]), gates, teachers)
     found: Tree = {
         **_facts(scores, setting, alpha, target),
+        "projection_error": float(np.sqrt(2 / scores.score_Nd.shape[1])) if is_projected else 0.0,
         "assumptions": [cast(Tree, dataclasses.asdict(one)) for one in assumptions],
         "tiers": _tiers(groups, seed),
         "moments": moments,
@@ -66,15 +74,13 @@ def analyse(
 
 
 def _facts(scores: Scores, setting: Setting, alpha: float, target: str | None) -> Tree:
-    dimensions = scores.score_Nd.shape[1]
     return {
         "format": FORMAT,
         "step": scores.step,
         "prompts": len(scores.prompt_ids),
         "rollouts": int((scores.teacher_N < 0).sum()),
         "traces": int((scores.teacher_N >= 0).sum()),
-        "dimensions": dimensions,
-        "projection_error": float(np.sqrt(2 / dimensions)),
+        "dimensions": scores.score_Nd.shape[1],
         "setting": dataclasses.asdict(setting),
         "alpha": alpha,
         "target": target,

@@ -117,6 +117,8 @@ def load(path: Path) -> Scores:
 def join(parts: Sequence[Scores]) -> Scores:
     """Concatenate the trajectories of several replicas, sorted by prompt and repetition, traces last.
 
+    The scores are copied once.
+
     Raises:
         ValueError: there is no part, or the parts differ in prompts, teachers, step, references or dimensions.
     """
@@ -127,11 +129,19 @@ def join(parts: Sequence[Scores]) -> Scores:
             _require_equal(f"parts[{index}].{name}", getattr(part, name), getattr(first, name))
         _require_equal(f"parts[{index}]: dimensions", part.score_Nd.shape[1], first.score_Nd.shape[1])
         _require_equal(f"parts[{index}]: references", sorted(part.log_ratio_N), sorted(first.log_ratio_N))
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _DTYPES}
+    small = [name for name in _DTYPES if name != "score_Nd"]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in small}
     ratios = {name: np.concatenate([part.log_ratio_N[name] for part in parts]) for name in first.log_ratio_N}
     order_N = np.lexsort((joined["repeat_N"], joined["teacher_N"], joined["prompt_N"]))
+    score_Nd = np.empty((len(order_N), first.score_Nd.shape[1]), np.float32)
+    place_N, start = np.argsort(order_N), 0
+    for part in parts:
+        end = start + len(part.prompt_N)
+        score_Nd[place_N[start:end]] = part.score_Nd
+        start = end
     return Scores(
         **cast(Any, {name: array[order_N] for name, array in joined.items()}),
+        score_Nd=score_Nd,
         log_ratio_N={name: array[order_N] for name, array in ratios.items()},
         prompt_ids=first.prompt_ids,
         teachers=first.teachers,

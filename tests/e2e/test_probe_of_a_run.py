@@ -104,6 +104,7 @@ def projected_by_tensor(scores: Scores, model: Path) -> Scores:
 
 def require_near(projected: Scores, exact: dict[str, Any]) -> None:
     """Require the variances of a projection to be within four times its stated error of the exact ones."""
+    assert exact["projection_error"] == 0
     found = analyse(projected, Setting(**exact["setting"]), exact["alpha"])
     for term in ("grpo", "gal"):
         ours, theirs = (one["moments"]["all"]["total"][term]["value"] for one in (found, exact))
