@@ -64,9 +64,6 @@ def budget(plan: Plan) -> list[Line]:
     lines.append(Line(what="methods", cells=tasks * seeds * len(finals), seconds=tasks * seeds * sum(finals)))
     if ablations:
         lines.append(Line(what="ablations", cells=seeds * len(ablations), seconds=seeds * sum(ablations)))
-    later = [cell_seconds(plan, own) for own in plan.entered_later.values()]
-    if later:
-        lines.append(Line(what="ablations entered later", cells=seeds * len(later), seconds=seeds * sum(later)))
     return lines
 
 

@@ -95,13 +95,7 @@ def _fixed(plan: Plan) -> Iterable[str]:
     if plan.ablations:
         yield f"Ablations of `{plan.baseline}`, on `{plan.tasks[0]}`, with its learning rate:"
         yield _overrides_table("ablation", plan.ablations)
-    if plan.entered_later:
-        yield (
-            "Entered later, when the results of all others were known, and in tables of their own, so that no other "
-            "test changes. The settings were fixed before the first run:"
-        )
-        yield _overrides_table("ablation", plan.entered_later)
-    for name, own in plan.entered_later.items():
+    for name, own in {**plan.methods, **plan.ablations}.items():
         if probed := probed_groups(plan, own) * group:
             yield f"The probes of `{name}` sample {probed:,} rollouts more, which no table counts."
 

@@ -77,10 +77,8 @@ class Plan:
     """Name → method: entered as a method of its own with the same settings; the tests must find no difference."""
     ablations: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name → overrides, on the first task only, with the learning rate of the baseline."""
-    entered_later: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Ablations that were added when the results of all others were known. The page says so."""
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Tables of the first task beside ``main``, for all ablations: see docs/comparison.md."""
+    """Tables of the first task beside ``main``, for the ablations: see docs/comparison.md."""
     notes: tuple[str, ...] = ()
     """More sentences for the page's list of what is fixed, in Markdown."""
     shown: tuple[str, ...] = ()
@@ -108,7 +106,7 @@ class Plan:
             require_known(f"copies.{name}", method, self.methods, "method")
         for name in self.shown:
             require_known("shown", name, self.methods, "method")
-        names = [*self.methods, *self.copies, *self.ablations, *self.entered_later]
+        names = [*self.methods, *self.copies, *self.ablations]
         for name in names:
             require(names.count(name) == 1, name, "stands twice among methods, copies and ablations")
 

@@ -55,9 +55,8 @@ def final_spec(plan: Plan, task: str, rates: Rates) -> dict[str, Any]:
     chosen = {name: rates[plan.copies.get(name, name)] for name in own}
     tables: dict[str, Any] = {"main": {"methods": list(own)}}
     if task == plan.tasks[0]:
-        ablations = {**plan.ablations, **plan.entered_later}
-        own |= ablations
-        chosen |= dict.fromkeys(ablations, rates[plan.baseline])
+        own |= plan.ablations
+        chosen |= dict.fromkeys(plan.ablations, rates[plan.baseline])
         tables |= plan.tables
     arms = {name: _overrides(plan, task, changes, chosen[name], SETS) for name, changes in own.items()}
     return {

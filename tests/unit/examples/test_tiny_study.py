@@ -201,7 +201,7 @@ def test_the_study_has_every_objective_a_copy_of_dypo_and_every_ablation_of_the_
 
 @pytest.mark.parametrize("task", STUDY.tasks)
 def test_check_finds_nothing_wrong_with_a_cell_of_each_method(task: str, tmp_path: Path) -> None:
-    plan = dataclasses.replace(STUDY, out=str(tmp_path), seeds=(1,), ablations={}, entered_later={}, tables={})
+    plan = dataclasses.replace(STUDY, out=str(tmp_path), seeds=(1,), ablations={}, tables={})
     for kind, rows in TASKS[task].draw_rows(1).items():
         path = data_path(tmp_path / task, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
