@@ -40,8 +40,8 @@ from tests.support.study.fake_study import write_plan
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "examples" / "tiny_study"
-STUDY, SMOLLM2 = (read_plan(FOLDER / f"{name}.yaml") for name in ("study", "smollm2"))
-PLANS = {"study": STUDY, "smollm2": SMOLLM2}
+STUDY, SMOLLM2, AUTO = (read_plan(FOLDER / f"{name}.yaml") for name in ("study", "smollm2", "auto"))
+PLANS = {"study": STUDY, "smollm2": SMOLLM2, "auto": AUTO}
 CHOSEN = dict.fromkeys(STUDY.methods, 1e-3)
 NEEDS_A_TEACHER_MODEL = {"opd"}
 
@@ -197,6 +197,8 @@ def test_the_study_has_every_objective_a_copy_of_dypo_and_every_ablation_of_the_
     assert len(STUDY.seeds) >= 5
     assert set(SMOLLM2.methods) == {"dypo", "grpo", "sft", "sft_then_rl"}
     assert len(SMOLLM2.seeds) == 3
+    assert (AUTO.overrides, AUTO.steps, AUTO.seeds) == (STUDY.overrides, STUDY.steps, STUDY.seeds)
+    assert AUTO.learning_rates == (read_results(STUDY)["tasks"]["additions"]["rates"]["dypo"],)
 
 
 @pytest.mark.parametrize("task", STUDY.tasks)
