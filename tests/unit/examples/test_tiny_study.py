@@ -269,7 +269,7 @@ def test_the_budget_counts_the_cells_of_the_comparisons_and_fits(name: str, cell
     for cell in cells:
         sampled = sum(map(build_objective(cell.config.objective).needs_rollouts, range(plan.steps)))
         of_traces = plan.steps - sampled
-        probed = 5 * 32 * 4 / 16 if cell.arm.method == "alpha_auto" else 0  # probes, prompts, repeats; groups of a step
+        probed = 5 * 16 * 2 / 16 if cell.arm.method == "alpha_auto" else 0  # probes, prompts, repeats; groups of a step
         seconds += plan.seconds.cell + plan.seconds.step * (sampled + probed) + plan.seconds.step_of_traces * of_traces
     assert sum(line.cells for line in budget(plan)) == len(cells) + len(plan.tasks)
     assert hours(plan) == pytest.approx(seconds / 3600)
