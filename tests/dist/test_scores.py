@@ -116,7 +116,7 @@ def literal_scores(path: str) -> list[tuple[Floats, float]]:
         logp = logp_V.gather(1, tokens[0, sample.num_prompt_tokens :, None]).sum()
         logp.backward()
         gradients = hf_gradients(model)
-        scores.append((np.concatenate([gradients[name].ravel() for name in names]), float(logp)))
+        scores.append((np.concatenate([gradients[name].ravel() for name in names]), float(logp.detach())))
     return scores
 
 
