@@ -24,27 +24,36 @@ class Line:
 
 def steps_with_rollouts(plan: Plan, overrides: Mapping[str, Any]) -> int:
     """Return how many steps of a method sample rollouts; the others learn from traces alone."""
-    objective = build_objective(_config(plan, overrides).objective)
+    return _steps_with_rollouts(plan, config_of(plan, overrides))
+
+
+def _steps_with_rollouts(plan: Plan, config: Config) -> int:
+    objective = build_objective(config.objective)
     return sum(objective.needs_rollouts(step) for step in range(plan.steps))
 
 
-def _config(plan: Plan, overrides: Mapping[str, Any]) -> Config:
+def config_of(plan: Plan, overrides: Mapping[str, Any]) -> Config:
+    """Return the config of the plan's cells with overrides of one method; its files need not exist."""
     changes = [f"{key}={flow_yaml(value)}" for key, value in {**plan.overrides, **overrides}.items()]
     return load_config(plan.config, changes)
 
 
 def cell_seconds(plan: Plan, overrides: Mapping[str, Any]) -> float:
     """Return the time of one cell of a method."""
-    sampled = steps_with_rollouts(plan, overrides)
-    seconds = plan.seconds
+    config, seconds = config_of(plan, overrides), plan.seconds
+    sampled = _steps_with_rollouts(plan, config)
     steps = sampled * seconds.step + (plan.steps - sampled) * seconds.step_of_traces
-    probes = probed_groups(plan, overrides) / _config(plan, overrides).rollout.prompts_per_round * seconds.step
+    probes = _probed_groups(plan, config) / config.rollout.prompts_per_round * seconds.step
     return seconds.cell + steps + probes
 
 
 def probed_groups(plan: Plan, overrides: Mapping[str, Any]) -> int:
     """Return how many groups the probes of a run measure. Each takes about the time of a group of an update."""
-    probe = _config(plan, overrides).probe
+    return _probed_groups(plan, config_of(plan, overrides))
+
+
+def _probed_groups(plan: Plan, config: Config) -> int:
+    probe = config.probe
     return plan.steps // probe.every * probe.prompts * probe.repeats if probe.every else 0
 
 

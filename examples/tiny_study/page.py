@@ -8,9 +8,9 @@ from typing import Any
 
 from whole_job.stages import ROOT, write_json
 
-from megatron_dypo.config.reading.load import flow_yaml, load_config
+from megatron_dypo.config.reading.load import flow_yaml
 from megatron_dypo.fs import replace_file
-from tiny_study.budget import budget_table, probed_groups
+from tiny_study.budget import budget_table, config_of, probed_groups
 from tiny_study.figures import figures_of
 from tiny_study.inputs import TASKS
 from tiny_study.plan import SETS, Plan
@@ -64,7 +64,7 @@ def _explanation(plan: Plan) -> str:
 
 def _fixed(plan: Plan) -> Iterable[str]:
     """Yield the part of the page that a result does not change."""
-    config = load_config(plan.config, [f"{key}={flow_yaml(value)}" for key, value in plan.overrides.items()])
+    config = config_of(plan, {})
     prompts, group = config.rollout.prompts_per_round, config.rollout.group_size
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     yield "## Fixed in advance"
