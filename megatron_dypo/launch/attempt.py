@@ -18,7 +18,7 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded, cause_of
 from megatron_dypo.launch.run_folder import make_run_folder
 from megatron_dypo.launch.run_lock import RunLock
-from megatron_dypo.mcore.checkpoints.folder import remove_partials
+from megatron_dypo.mcore.checkpoints.folder import mend_interrupted
 from megatron_dypo.metrics import status
 from megatron_dypo.metrics.logs import append_line, flush_repeated, set_up_logging, write_crashes
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
@@ -86,7 +86,7 @@ class Attempt:
         set_up_logging(self._run_dir)
         write_crashes(self._run_dir, self.rank)
         if self.rank == 0:
-            remove_partials(self._run_dir / "checkpoints")
+            mend_interrupted(self._run_dir / "checkpoints")
         watchdog.start(self._run_dir, self.status, patience_s=self._watchdog_s, leave=self.leave)
 
     def end(self, error: BaseException) -> int:

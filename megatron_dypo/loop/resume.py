@@ -75,7 +75,8 @@ def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping
 def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
     """Save a checkpoint of this step, if there is none. Collective over the world."""
     checkpointer.policy.finish_save(waits=True)
-    latest = folder.find_latest(checkpointer.folder)
+    # All ranks must agree: on a shared file system some may see a new folder later.
+    latest = checkpointer.ranks.of_leaders(folder.find_latest(checkpointer.folder))[0]
     if latest is None or folder.step_of(latest) != progress.step:
         save_checkpoint(checkpointer, progress)
 

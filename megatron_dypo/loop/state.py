@@ -146,6 +146,7 @@ class Run:
                 most_in_a_row=self.config.optimizer.max_bad_steps,
                 max_rollbacks=self.config.optimizer.max_rollbacks,
                 checkpoints=self.dir / CHECKPOINTS,
+                verify=self.config.checkpoint.verify,
                 dumper=Dumper(config=self.config),
                 streams=self.objective.streams,
             ),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.support.dist.multi_step import batch_of, config_of, make_run, put
-from tests.support.dist.spawn import run_ranks
+from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.hf_models import make_hf_model
 
 BAD = "decoder.layers.3.mlp.linear_fc2.weight"
@@ -60,8 +60,14 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
     return result | {"refitted": recorder.refitted, "saved": saved is not None, "metrics": recorder.metrics}
 
 
-def rank_roll_back(path: str, folder: str, axes: dict[str, Any], spoilt: list[int]) -> dict[str, Any]:
-    """Make updates of a run that goes back, with a NaN in one weight before each of the ``spoilt`` ones."""
+def rank_roll_back(
+    path: str, folder: str, axes: dict[str, Any], spoilt: list[int], damaged: dict[int, str] | None = None
+) -> dict[str, Any]:
+    """Make updates of a run that goes back, with a NaN in one weight before each of the ``spoilt`` ones.
+
+    Args:
+        damaged: update → file of the newest checkpoint in which a bit flips before it.
+    """
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.mcore.start import start_megatron
@@ -83,6 +89,8 @@ def rank_roll_back(path: str, folder: str, axes: dict[str, Any], spoilt: list[in
                 put(run, batch_of(step // 2))
             if step + 1 in spoilt:
                 _spoil_weight(policy.chunks)
+            if layout.is_global_leader and damaged and step + 1 in damaged:
+                flip_bit(Path(folder) / "checkpoints" / f"step_{step:06d}" / damaged[step + 1])
             make_step(run)
             digests.append(policy.weights_digest())
             updates.append(policy.optimizer.num_updates)
@@ -94,16 +102,23 @@ def rank_roll_back(path: str, folder: str, axes: dict[str, Any], spoilt: list[in
     return {"digests": digests, "updates": updates, "end": end, "refitted": recorder.refitted, "back": back}
 
 
-def rank_replay(folder: str) -> tuple[list[Any], list[str]]:
-    """Replay the dump of the first step of a run; return the findings, and what was first in each microbatch."""
+def rank_replay(folder: str, step: int = 1, weights: Path | None = None) -> tuple[list[Any], list[str]]:
+    """Replay the dump of a step of a run; return the findings, and what was first in each microbatch."""
     from megatron_dypo.launch.replay_target import replay_target
     from megatron_dypo.loop.bad_steps.replay import replay
 
-    target = replay_target(Path(folder) / "bad_steps" / "step_000001")
+    target = replay_target(Path(folder) / "bad_steps" / f"step_{step:06d}", weights=weights)
     config = target.config([])
     Path(config.run.dir).mkdir(exist_ok=True)
     found = replay(config, target.folder, target.dump, target.weights if target.is_checkpoint else None)
     return [dataclasses.asdict(one) for one in found], [one.first() for one in found]
+
+
+def flip_bit(path: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
 
 
 def spoil_file(path: Path) -> None:
@@ -232,6 +247,36 @@ def test_a_run_that_rolls_back_goes_on_with_the_checkpoints_weights_and_the_next
         assert updates == [0, 1, 2, 2, 3, 4, 5], "and the optimizer's state"
         assert result["refitted"] == [2, 3, 4, 6], "the servers get the weights at once, and at the end of each batch"
         assert result["back"] in ({3: 2.0}, {})
+
+
+@pytest.mark.parametrize("file", ["mcore/__0_0.distcp", "mcore/.metadata", "trainer_state.json"])
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=["one process", "two stages"])
+def test_a_run_rolls_back_to_the_newest_whole_checkpoint(tmp_path: Path, file: str, axes: dict[str, Any]) -> None:
+    path, run = str(make_hf_model("qwen2", tmp_path / "hf")), tmp_path / "run"
+    for result in run_ranks(axes.get("pipeline", 1), rank_roll_back, path, str(run), axes, [5], {5: file}):
+        assert result["end"] is None
+        assert result["digests"][5] == result["digests"][2] != result["digests"][4]
+        assert result["back"] in ({5: 2.0}, {})
+    assert (run / "checkpoints" / "step_000004.damaged" / file).is_file()
+    assert (run / "checkpoints" / "step_000006").is_dir(), "it goes on and saves"
+
+
+def test_a_dump_is_not_replayed_on_a_damaged_checkpoint(tmp_path: Path) -> None:
+    path, run = str(make_hf_model("qwen2", tmp_path / "hf")), tmp_path / "run"
+    run_ranks(1, rank_roll_back, path, str(run), {}, [3])
+    weights = run / "checkpoints" / "step_000006"
+    assert run_ranks(1, rank_replay, str(run), 3, weights)
+    flip_bit(weights / "mcore" / "__0_0.distcp")
+    with pytest.raises(RankError, match=r"step_000006/mcore/__0_0\.distcp: "):
+        run_ranks(1, rank_replay, str(run), 3, weights)
+
+
+def test_a_run_with_nothing_but_a_damaged_checkpoint_cannot_roll_back(tmp_path: Path) -> None:
+    path, run = str(make_hf_model("qwen2", tmp_path / "hf")), tmp_path / "run"
+    (result,) = run_ranks(1, rank_roll_back, path, str(run), {}, [3], {3: "mcore/__0_0.distcp"})
+    assert result["end"][:2] == (3, "not_finite")
+    assert "none of 1 checkpoints is whole: step_000002/mcore/__0_0.distcp: " in result["end"][2]
+    assert (run / "checkpoints" / "step_000002").is_dir(), "nothing is renamed"
 
 
 def test_a_run_rolls_back_to_one_checkpoint_only_so_often(tmp_path: Path) -> None:

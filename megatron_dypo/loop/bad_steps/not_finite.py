@@ -15,6 +15,7 @@ from megatron_dypo.loop.policy import Policy, UpdateReport
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
+from megatron_dypo.mcore.checkpoints.verify import Verify
 from megatron_dypo.objective.streams import Stream
 
 log = logging.getLogger("megatron_dypo")
@@ -32,6 +33,8 @@ class BadSteps:
     """See ``optimizer.max_rollbacks``."""
     checkpoints: Path
     """The folder of all checkpoints."""
+    verify: Verify
+    """See ``checkpoint.verify``; of the checkpoint to go back to."""
     dumper: Dumper
     streams: Sequence[Stream]
     """The objective's, which the loss reads."""

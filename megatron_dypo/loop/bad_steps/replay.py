@@ -14,6 +14,7 @@ from megatron_dypo.loop.bad_steps.dump import Dump, DumpedMicrobatch, read_micro
 from megatron_dypo.loop.bad_steps.places import Place, bad_inputs, bad_logprobs, shown
 from megatron_dypo.loop.megatron_policy import MegatronPolicy
 from megatron_dypo.loop.setup.build_policy import build_policy
+from megatron_dypo.loop.setup.run_folder import require_whole
 from megatron_dypo.mcore.finite import LoneRun, names_not_finite, run_alone
 from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.start import start_megatron
@@ -64,10 +65,14 @@ def replay(config: Config, folder: Path, dump: Dump, checkpoint: Path | None) ->
     Args:
         folder: of the dump.
         checkpoint: weights; None: those of ``config.model.hf_path``.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
     """
     objective = build_objective(config.objective)
     layout = start_megatron(config.parallel, seed=config.run.seed)
     try:
+        require_whole(checkpoint, config)
         policy = build_policy(config, layout, objective, timings=Timings())
         step = 0 if checkpoint is None else policy.load(checkpoint).step
         findings = [_run(policy, read_microbatch(folder, one), one) for one in dump.microbatches]

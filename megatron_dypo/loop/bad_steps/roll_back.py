@@ -8,17 +8,20 @@ from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.updater import Update, Updater
-from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
+from megatron_dypo.mcore.checkpoints.choose import newest_whole
+from megatron_dypo.mcore.checkpoints.folder import candidates, step_of
+from megatron_dypo.mcore.checkpoints.verify import all_ranks
 from megatron_dypo.processes.watchdog import mark
 
 log = logging.getLogger("megatron_dypo")
 
 
 def roll_back_after(update: Update, updater: Updater, progress: Progress) -> tuple[dict[str, float], RunEnded | None]:
-    """Go back to the last checkpoint if the update would end the run and ``optimizer.on_bad_step`` is ``roll_back``.
+    """Go back to the last whole checkpoint if the update would end the run and ``optimizer.on_bad_step`` asks for it.
 
     Weights, optimizer, RNG states and a refreshed reference are those of the checkpoint again. Data, books and the
     number of the step go on: no prompt is drawn again, and the samples behind the bad updates do not come back.
+    A damaged checkpoint is set aside, as at a resume.
 
     Returns:
         The metrics of going back, {} if the run did not; and the end of the run, None if it goes on.
@@ -38,11 +41,15 @@ def _roll_back(reason: RunEnded, updater: Updater, progress: Progress) -> int:
         times = f"{rules.max_rollbacks} times already"
         raise RunEnded(Cause.NOT_FINITE, f"{reason}; this run went back to a checkpoint {times}")
     policy.finish_save(waits=True)
+    mark("rolling back")
     # The first rank's look decides: on a shared file system others may see a new folder later.
-    latest = ranks.of_leaders(find_latest(rules.checkpoints))[0]
+    existing = ranks.of_leaders(candidates(rules.checkpoints))[0]
+    try:
+        latest = newest_whole(existing, rules.verify, all_ranks())
+    except ValueError as error:
+        raise RunEnded(Cause.NOT_FINITE, f"{reason}; {error}") from error
     if latest is None:
         raise RunEnded(Cause.NOT_FINITE, f"{reason}; there is no checkpoint to go back to")
-    mark("rolling back")
     policy.load(latest)
     require_finite_weights(policy, str(latest))
     # The log-probs of the groups that wait are those of the weights that are gone.

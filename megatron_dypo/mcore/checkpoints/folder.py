@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_dypo.fs import commit_folder, remove, replace_file, sync
@@ -15,6 +16,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 STATE = "trainer_state.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+_PUBLISHING = ".publishing.json"
+"""The tracker's text from before, and the step that it is about to name, while :func:`publish` runs."""
 DAMAGED = ".damaged"
 """Suffix of a checkpoint that was set aside."""
 DELETED = ".deleted"
@@ -99,13 +102,18 @@ def track(checkpoint: Path) -> None:
     replace_file(checkpoint.parent / TRACKER, str(step_of(checkpoint)))
 
 
+def _tracker_text(root: Path) -> str | None:
+    """Return what the tracker says; None without a tracker."""
+    path = root / TRACKER
+    return path.read_bytes().strip(b" \t\r\n\0").decode("ascii", errors="replace") if path.is_file() else None
+
+
 def _tracked(root: Path) -> Path | None:
     """Return the folder that the tracker names; None without a tracker."""
-    path = root / TRACKER
-    if not path.is_file():
+    text = _tracker_text(root)
+    if text is None:
         return None
-    text = path.read_bytes().strip(b" \t\r\n\0").decode("ascii", errors="replace")
-    return folder_of(root, int(text)) if re.fullmatch(r"[0-9]{1,18}", text) else path
+    return folder_of(root, int(text)) if re.fullmatch(r"[0-9]{1,18}", text) else root / TRACKER
 
 
 def _tell_of_newer(tracked: Path, newest: Path) -> None:
@@ -125,8 +133,12 @@ def _tell_of_newer(tracked: Path, newest: Path) -> None:
         )
 
 
-def remove_partials(root: str | Path) -> None:
-    """Remove the remains of interrupted saves. The caller must hold the run's lock, so that no save is running."""
+def mend_interrupted(root: str | Path) -> None:
+    """Finish the interrupted publication of a checkpoint, and remove the remains of interrupted saves.
+
+    The caller must hold the run's lock, so that no save is running. What cannot be removed is named, and stays.
+    """
+    _finish_publishing(Path(root))
     for partial in remains(root):
         final = partial.with_name(partial.stem.removeprefix("."))
         if partial.suffix == _REPLACED and not os.path.lexists(final):
@@ -134,7 +146,33 @@ def remove_partials(root: str | Path) -> None:
             partial.rename(final)
         else:
             log.warning("removing %s, the remains of an interrupted save", partial)
-            remove(partial)
+            try_to_remove(partial)
+
+
+def _finish_publishing(root: Path) -> None:
+    """Move the tracker to a checkpoint that got its name just before its save was interrupted.
+
+    A tracker that was written since, as by a user, is left as it is.
+    """
+    path = root / _PUBLISHING
+    if not path.is_file():
+        return
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        begun = json.loads(path.read_bytes())
+        final = folder_of(root, begun["step"])
+        has_name = final.is_dir() and not os.path.lexists(partial_of(final))
+        if has_name and begun["tracker"] == _tracker_text(root) != str(step_of(final)):
+            log.warning("%s got its name just before its save was interrupted: it is the newest checkpoint", final)
+            track(final)
+    remove(path)
+
+
+def try_to_remove(path: Path, how: Callable[[Path], None] = remove) -> None:
+    """Remove what nothing depends on. A line tells if it stays, as while somebody else reads it on NFS."""
+    try:
+        how(path)
+    except OSError as error:
+        log.warning("%s cannot be removed, and stays: %s", path, error)
 
 
 def make_partial(final: Path, parts: Sequence[str]) -> Path:
@@ -157,9 +195,15 @@ def discard_partial(final: Path) -> None:
 
 
 def publish(final: Path) -> None:
-    """Sync the partial folder to disk, give it its name, and move the tracker."""
+    """Sync the partial folder to disk, give it its name, and move the tracker.
+
+    Both or neither are done after a crash, once :func:`mend_interrupted` has run.
+    """
+    begun = final.parent / _PUBLISHING
+    replace_file(begun, json.dumps({"step": step_of(final), "tracker": _tracker_text(final.parent)}))
     commit_folder(partial_of(final), final)
     track(final)
+    remove(begun)
 
 
 def discard(checkpoint: Path) -> None:

@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dypo.config.run import CheckpointConfig
-from megatron_dypo.fs import remove
-from megatron_dypo.mcore.checkpoints.folder import STATE, discard, remains, step_of, whole_folders
+from megatron_dypo.mcore.checkpoints.folder import (
+    STATE,
+    discard,
+    remains,
+    step_of,
+    try_to_remove,
+    whole_folders,
+)
 
 SCORES = "scores"
 """Key of the trainer's state: metric → value of the policy in the checkpoint, for ``checkpoint.keep_best``."""
@@ -20,26 +26,28 @@ log = logging.getLogger(__name__)
 def prune(final: Path, cfg: CheckpointConfig) -> None:
     """Remove the checkpoints beside ``final``, the one just written, that no rule keeps, and remains of saves.
 
-    Damaged checkpoints that were set aside are neither counted nor removed.
+    Damaged checkpoints that were set aside are neither counted nor removed. What cannot be removed is named, and stays.
     """
     folders = {step_of(folder): folder for folder in whole_folders(final.parent)}
     scores = {step: score_of(folder, cfg.keep_best.metric) for step, folder in folders.items()}
     kept = kept_by(scores, cfg, newest=step_of(final))
     for step, folder in folders.items():
         if step not in kept:
-            discard(folder)
+            try_to_remove(folder, discard)
     for left in remains(final.parent):
-        remove(left)
+        try_to_remove(left)
 
 
 def kept_by(scores: Mapping[int, float | None], cfg: CheckpointConfig, *, newest: int) -> dict[int, list[str]]:
     """Return step → names of the rules that keep it: ``last``, ``every``, ``best``. Other steps are not kept.
 
+    Steps above ``newest``, which were made before the run went back, count as older than those that lead to it.
+
     Args:
         scores: step of each checkpoint → value of the metric, None if it was not measured at that step.
-        newest: the step that was saved last, which may be below others after a resume from an older checkpoint.
+        newest: the step that was saved last.
     """
-    order = sorted(scores, key=lambda step: (step != newest, -step))
+    order = sorted(scores, key=lambda step: (step > newest, -step))
     kept = {step: ["last"] for step in (order[: cfg.keep] if cfg.keep else order)}
     for step in order if cfg.keep_every else ():
         if step % cfg.keep_every == 0:

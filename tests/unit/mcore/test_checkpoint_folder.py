@@ -58,6 +58,62 @@ def test_the_tracker_outranks_the_highest_step(tmp_path):
     assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def publish_until(root, step, last, monkeypatch):
+    """Publish a checkpoint, but be killed before the named function of ``folder`` is called."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, last, killed)
+        with pytest.raises(Killed):
+            publish(root, step)
+
+
+@pytest.mark.parametrize(
+    ("last", "taken"), [("replace_file", 10), ("commit_folder", 10), ("track", 20), ("remove", 20)]
+)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_save_that_is_killed_while_it_publishes_counts_from_its_rename_on(
+    tmp_path, monkeypatch, last, taken, replaced
+):
+    publish(tmp_path, 10)
+    if replaced:  # the run went back to step 10, and reaches step 20 again
+        publish(tmp_path, 20)
+        (tmp_path / folder.TRACKER).write_text("10")
+    if last == "remove":
+        folder.make_partial(folder.folder_of(tmp_path, 20), ("mcore",))
+        (tmp_path / "step_000020.tmp" / "trainer_state.json").write_text("{}")
+        monkeypatch.setattr(folder, "make_partial", lambda final, parts: final.with_suffix(".tmp"))
+    publish_until(tmp_path, 20, last, monkeypatch)
+    for _ in range(2):
+        folder.mend_interrupted(tmp_path)
+        assert folder.candidates(tmp_path)[0] == folder.folder_of(tmp_path, taken)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [folder.TRACKER]
+
+
+def test_a_tracker_that_is_set_back_after_a_kill_is_obeyed(tmp_path, monkeypatch):
+    for step in (10, 20):
+        publish(tmp_path, step)
+    publish_until(tmp_path, 30, "track", monkeypatch)
+    (tmp_path / folder.TRACKER).write_text("10")
+    folder.mend_interrupted(tmp_path)
+    assert folder.candidates(tmp_path) == [tmp_path / "step_000010"]
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"step": "x", "tracker": "10"}', b"\xff", b"[" * 100_000])
+def test_a_damaged_note_of_a_publication_changes_nothing(tmp_path, text):
+    publish(tmp_path, 10)
+    (tmp_path / ".publishing.json").write_bytes(text)
+    folder.mend_interrupted(tmp_path)
+    assert folder.candidates(tmp_path) == [tmp_path / "step_000010"]
+    assert not (tmp_path / ".publishing.json").exists()
+
+
 def told(caplog):
     """Return the lines that were logged, and forget them."""
     lines = [record.getMessage() for record in caplog.records]
@@ -132,9 +188,9 @@ def test_what_saves_left_behind_is_removed_and_nothing_else(tmp_path):
     crash(tmp_path, 20)
     (tmp_path / "step_000030.tmp").write_text("a file of that name")
     (tmp_path / "notes.tmp").mkdir()
-    folder.remove_partials(tmp_path)
+    folder.mend_interrupted(tmp_path)
     assert names(tmp_path) == ["notes.tmp", "step_000010"]
-    folder.remove_partials(tmp_path / "missing")
+    folder.mend_interrupted(tmp_path / "missing")
 
 
 def test_a_failed_save_can_be_discarded_and_made_again(tmp_path):

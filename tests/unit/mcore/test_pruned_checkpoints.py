@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,8 +50,9 @@ def test_a_step_stays_by_every_rule_that_names_it(cfg: CheckpointConfig, kept: d
     assert kept_by(SCORES, cfg, newest=60) == kept
 
 
-def test_the_step_that_was_saved_last_counts_as_the_newest() -> None:
-    assert kept_by(SCORES, CheckpointConfig(keep=2), newest=20) == {20: ["last"], 60: ["last"]}
+def test_the_steps_that_led_to_the_one_saved_last_count_as_newer_than_those_that_the_run_went_back_from() -> None:
+    assert kept_by(SCORES, CheckpointConfig(keep=2), newest=20) == {20: ["last"], 10: ["last"]}
+    assert kept_by(SCORES, CheckpointConfig(keep=3), newest=20) == {20: ["last"], 10: ["last"], 60: ["last"]}
 
 
 def test_without_a_measured_step_none_is_the_best() -> None:
@@ -87,7 +90,7 @@ def test_a_damaged_checkpoint_that_was_set_aside_is_neither_counted_nor_removed(
         folder.set_aside(tmp_path / "step_000020")
     aside = ["step_000020.damaged", "step_000020.damaged-2", "step_000020.damaged-3"]
     assert names(tmp_path) == ["step_000010", *aside]
-    folder.remove_partials(tmp_path)
+    folder.mend_interrupted(tmp_path)
     assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
     assert names(tmp_path) == ["step_000010", *aside]
 
@@ -106,17 +109,43 @@ def test_a_removal_that_was_cut_off_leaves_no_checkpoint_and_is_finished_at_the_
         (tmp_path / "step_000020.deleted" / "mcore").chmod(0o700)
     assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
     assert folder.candidates(tmp_path) == [tmp_path / "step_000010"]
-    folder.remove_partials(tmp_path)
+    folder.mend_interrupted(tmp_path)
     assert names(tmp_path) == ["step_000010"]
+
+
+def test_what_cannot_be_removed_is_named_and_stops_neither_a_save_nor_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, 10, CheckpointConfig())
+    remove = shutil.rmtree
+
+    def busy(path: Path, *_: object) -> None:
+        if "step_000010" in str(path):
+            raise OSError(errno.EBUSY, "somebody reads it", str(path))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (20, 30):
+        publish(tmp_path, step, CheckpointConfig(keep=1))
+    folder.mend_interrupted(tmp_path)
+    assert names(tmp_path) == ["step_000010.deleted", "step_000030"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("step_000010.deleted cannot be removed, and stays: " in line for line in lines) == 3, (
+        "two saves and a start"
+    )
+    assert folder.candidates(tmp_path) == [tmp_path / "step_000030"]
+    monkeypatch.undo()
+    folder.mend_interrupted(tmp_path)
+    assert names(tmp_path) == ["step_000030"]
 
 
 def test_a_checkpoint_that_stepped_aside_for_one_that_never_came_is_restored(tmp_path: Path) -> None:
     publish(tmp_path, 10, CheckpointConfig())
     (tmp_path / "step_000010").rename(tmp_path / ".step_000010.replaced")
-    folder.remove_partials(tmp_path)
+    folder.mend_interrupted(tmp_path)
     assert names(tmp_path) == ["step_000010"]
     (tmp_path / ".step_000010.replaced").mkdir()
-    folder.remove_partials(tmp_path)
+    folder.mend_interrupted(tmp_path)
     assert names(tmp_path) == ["step_000010"]
 
 
