@@ -56,6 +56,7 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
             stream.postpone(unfinished)
             collector.replica.end_round()
         look = _fill(collector, step, target, admitted, repeated.looks)
+        collector.journal.complete(step)
     finally:
         collector.replica.write_samples(step + 1, admitted)
     warn_of_losses(collector, look, step)

@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_dypo.loop.journal.records import Judged, Listed, Logged, Passed, Record, Served, Start, Taken, load
+from megatron_dypo.loop.journal.records import (
+    Complete,
+    Judged,
+    Listed,
+    Logged,
+    Passed,
+    Record,
+    Served,
+    Start,
+    Taken,
+    load,
+)
 from megatron_dypo.loop.journal.segment import Ending, Place, scan
 
 log = logging.getLogger("megatron_dypo")
@@ -48,6 +59,8 @@ class Found:
     """Step → what its collection took from the stream, in order."""
     passed: dict[int, list[int]] = field(default_factory=dict)
     """Step → looks of its collection after which log-probs were computed."""
+    complete: dict[int, dict[int, Complete]] = field(default_factory=dict)
+    """Step → replica → the record that its collection was complete."""
     served: int = -1
     """The newest version that servers were about to get."""
 
@@ -56,7 +69,7 @@ class Found:
         if isinstance(record, Logged | Judged):
             if record.order % replicas == replica:
                 self._enter_group(record, place)
-        elif isinstance(record, Taken):
+        elif isinstance(record, Taken | Complete):
             own = tuple(order for order in record.orders if order % replicas == replica)
             self.enter_collection(replace(record, orders=own))
         elif not isinstance(record, Start):
@@ -68,6 +81,8 @@ class Found:
             self.taken.setdefault(record.step, []).append(record)
         elif isinstance(record, Passed):
             self.passed.setdefault(record.step, []).append(record.look)
+        elif isinstance(record, Complete):
+            self.complete.setdefault(record.step, {})[record.replica] = record
         elif isinstance(record, Served):
             self.served = max(self.served, record.version)
         else:
@@ -77,7 +92,26 @@ class Found:
         """Forget the collections from ``step`` on."""
         self.taken = {number: taken for number, taken in self.taken.items() if number < step}
         self.passed = {number: looks for number, looks in self.passed.items() if number < step}
+        self.complete = {number: records for number, records in self.complete.items() if number < step}
         self.served = min(self.served, step)
+
+    def is_complete(self, step: int, *, replica: int, replicas: int) -> bool:
+        """Return whether the lists of the collection of ``step`` are those of a whole one.
+
+        They are not if a journal has lost its end, as in a crash of its machine, or the run was ended in a collection
+        that an earlier attempt, from an older checkpoint, had ended.
+
+        Args:
+            replica: whose draws these are.
+            replicas: of the run now. If those that collected were others, all of their journals count.
+        """
+        records = list(self.complete.get(step, {}).values())
+        of_now = not records or any(one.replicas == replicas for one in records)
+        wanted = {replica} if of_now else set(range(records[0].replicas))
+        listed = sorted(order for one in self.taken.get(step, []) for order in one.orders)
+        return wanted <= {one.replica for one in records} and listed == sorted(
+            order for one in records for order in one.orders
+        )
 
     def since(self, step: int, entries: Mapping[int, Entry]) -> Found:
         """Return what counts after a checkpoint of ``step``, with its groups at the places of ``entries``."""
@@ -85,14 +119,16 @@ class Found:
             entries={order: entries[order] for order in self.entries if order in entries},
             taken={number: list(taken) for number, taken in self.taken.items() if number >= step},
             passed={number: list(looks) for number, looks in self.passed.items() if number >= step},
+            complete={number: dict(records) for number, records in self.complete.items() if number >= step},
             served=self.served,
         )
 
-    def collections(self) -> list[Taken | Passed | Served]:
+    def collections(self) -> list[Taken | Passed | Complete | Served]:
         """Return the records of all collections."""
         taken = [record for records in self.taken.values() for record in records]
         passed = [Passed(step=step, look=look) for step, looks in self.passed.items() for look in looks]
-        return [*taken, *passed, Served(version=self.served)]
+        complete = [record for records in self.complete.values() for record in records.values()]
+        return [*taken, *passed, *complete, Served(version=self.served)]
 
     def _enter_group(self, record: Logged | Judged, place: Place) -> None:
         if isinstance(record, Logged):

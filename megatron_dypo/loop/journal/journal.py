@@ -36,6 +36,7 @@ from pathlib import Path
 from megatron_dypo.fs import remove
 from megatron_dypo.loop.journal.found import Entry, Found
 from megatron_dypo.loop.journal.records import (
+    Complete,
     Decode,
     Judged,
     Listed,
@@ -69,6 +70,10 @@ class Journal:
     decode: Decode
     max_version_lag: int
     """Versions that a group from a stream may be behind."""
+    replica: int = 0
+    """Whose draws it has."""
+    replicas: int = 1
+    """Replicas of the run."""
     found: Found = field(default_factory=Found)
     """The records of earlier attempts, from which a group is taken at most once."""
     surplus: Sequence[Path] = ()
@@ -127,6 +132,11 @@ class Journal:
         """Write that log-probs of all waiting groups were computed after a look."""
         self._list(Passed(step=step, look=look))
 
+    def complete(self, step: int) -> None:
+        """Write that the collection of ``step`` is complete, with what its looks took."""
+        orders = tuple(order for one in self._listed.taken.get(step, []) for order in one.orders)
+        self._list(Complete(step=step, orders=orders, replica=self.replica, replicas=self.replicas))
+
     def forget_collections(self, step: int) -> None:
         """Let no collection from ``step`` on be repeated from what was written so far."""
         self.found.forget_collections(step)
@@ -167,6 +177,10 @@ class Journal:
     def is_over(self, step: int) -> bool:
         """Return whether the run before ended the collection of ``step``, and went on with later weights."""
         return self.found.served > step
+
+    def is_complete(self, step: int) -> bool:
+        """Return whether the lists of the collection of ``step`` are all of it."""
+        return self.found.is_complete(step, replica=self.replica, replicas=self.replicas)
 
     def count_reused(self) -> int:
         """Return the number of groups that were taken from the journal since the last call."""

@@ -88,6 +88,17 @@ class Passed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Complete:
+    """Says which groups one replica took in a whole collection."""
+
+    step: int
+    orders: tuple[int, ...]
+    replica: int
+    replicas: int
+    """Replicas that collected."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Served:
     """Says that servers are about to get weights, so that all collections by earlier weights are over."""
 
@@ -101,12 +112,14 @@ class Void:
     step: int
 
 
-Plain: TypeAlias = "Start | Judged | Taken | Passed | Served | Void"
+Plain: TypeAlias = "Start | Judged | Taken | Passed | Complete | Served | Void"
 """A record without arrays."""
 Record: TypeAlias = "Logged | Plain"
-Listed: TypeAlias = "Taken | Passed | Served | Void"
+Listed: TypeAlias = "Taken | Passed | Complete | Served | Void"
 """A record about collections."""
-_KINDS: Mapping[str, type[Plain]] = {kind.__name__: kind for kind in (Start, Judged, Taken, Passed, Served, Void)}
+_KINDS: Mapping[str, type[Plain]] = {
+    kind.__name__: kind for kind in (Start, Judged, Taken, Passed, Complete, Served, Void)
+}
 
 
 def prompt_digest(tokens: Tokens) -> str:

@@ -1,7 +1,8 @@
 """A collection from a stream is repeated after a resume: the same groups, in the same looks, as the journal lists them.
 
-The lists count only on the weights that collected then, and only if every leader has all of its groups. Otherwise the
-collection is made anew, and what the journal holds may still stand for single requests.
+The lists count only on the weights that collected then, and only if every leader has all of its groups. If the run went
+on from the collection, they must also be all of it: an update must not learn from a part. Otherwise the collection is
+made anew, and what the journal holds may still stand for single requests.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Lists:
     """Whether the collection ended then, and the run went on with later weights."""
     is_whole: bool = True
     """Whether all listed groups are there, and were collected by the weights of now."""
+    is_complete: bool = True
+    """Whether the journal says that these are all groups of the collection."""
     looks: tuple[int, ...] = ()
     """Looks that took any groups."""
     passed: tuple[int, ...] = ()
@@ -51,7 +54,8 @@ def repeat_collection(collector: Collector, step: int, admitted: list[Admitted])
         mine, taken = _lists_of(journal, collector.replica, step)
     lists = collector.ranks.of_leaders(mine)
     looks = {look for one in lists for look in (*one.looks, *one.passed)}
-    if not all(one.is_whole for one in lists):
+    is_over = any(one.is_over for one in lists)
+    if not all(one.is_whole and (one.is_complete or not is_over) for one in lists):
         log.info("step %d: the collection of the run before cannot be repeated, it is made anew", step)
         journal.forget_collections(step)
         return Repeated()
@@ -63,10 +67,11 @@ def repeat_collection(collector: Collector, step: int, admitted: list[Admitted])
         queues.replace(collector.logprobs.complete(queues.groups(), step))
     if looks:
         _admit(collector, step, taken, admitted)
-    return Repeated(looks=max(looks, default=-1) + 1, is_over=any(one.is_over for one in lists))
+    return Repeated(looks=max(looks, default=-1) + 1, is_over=is_over)
 
 
 def _lists_of(journal: Journal, leader: Leader, step: int) -> tuple[Lists, list[Taken]]:
+    is_complete = journal.is_complete(step)
     taken, passed = journal.found.taken.pop(step, []), journal.found.passed.pop(step, [])
     orders = [order for one in taken for order in one.orders]
     is_whole = (
@@ -76,7 +81,14 @@ def _lists_of(journal: Journal, leader: Leader, step: int) -> tuple[Lists, list[
         and journal.may_recall(orders)
     )
     looks = tuple(one.look for one in taken)
-    return Lists(is_over=journal.is_over(step), is_whole=is_whole, looks=looks, passed=tuple(passed)), taken
+    lists = Lists(
+        is_over=journal.is_over(step),
+        is_whole=is_whole,
+        is_complete=is_complete,
+        looks=looks,
+        passed=tuple(passed),
+    )
+    return lists, taken
 
 
 def _admit(collector: Collector, step: int, taken: Sequence[Taken], admitted: list[Admitted]) -> None:

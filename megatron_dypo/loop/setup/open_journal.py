@@ -86,6 +86,8 @@ def open_journal(
         weights=weights,
         decode=decode,
         max_version_lag=config.batching.max_version_lag,
+        replica=ranks.replica,
+        replicas=ranks.replicas,
         found=found,
         surplus=surplus if ranks.replica == 0 else [],
     )
