@@ -20,9 +20,9 @@ from tests.support.faults.ranks import start_ranks
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS, RANKS = 11, 2
-STEPS = {"sft": 150, "sft, async": 150, "dypo": 40, "dypo, async": 40}
+STEPS = {"sft": 150, "sft, async": 150, "dypo": 40, "dypo, two replicas": 40, "dypo, async": 40}
 """Steps of each case: enough for all kills, since a step of SFT asks no server."""
-LATEST_S = {"sft": 0.4, "sft, async": 0.4, "dypo": 1.5, "dypo, async": 1.5}
+LATEST_S = {"sft": 0.4, "sft, async": 0.4, "dypo": 1.5, "dypo, two replicas": 1.5, "dypo, async": 1.5}
 """Longest time from the end of a step to a kill."""
 IN_FLIGHT = 8
 """Groups that one kill may lose: those of a collection."""
@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"name": "sft"}},
     "sft, async": {"objective": {"name": "sft", "importance": {"cap": 2.0}}, "rollout": {"mode": "async"}},
     "dypo": {},
+    "dypo, two replicas": {"parallel": {"num_processes": RANKS}, "checkpoint": {"every": 3}},
     "dypo, async": {"objective": {"importance": {"cap": 2.0}}, "rollout": {"mode": "async"}},
 }
 KEPT = ("train/loss", "train/grad_norm", "ledger/drawn", "reward/mean")
@@ -64,15 +65,18 @@ def of(run_dir: Path) -> dict[int, list[float | None]]:
 
 
 def task(folder: Path, case: str, servers: Sequence[PolicyServer]) -> Path:
-    sections = {"rollout": {}, **CASES[case]}
+    sections = {
+        "rollout": {},
+        "parallel": {"num_processes": RANKS, "tensor": 2},
+        "checkpoint": {"every": 3, "async_save": True},
+        **CASES[case],
+    }
     rollout = {"servers": {"urls": [server.url for server in servers]}, **sections.pop("rollout")}
     return write_task(
         folder,
         run={"steps": STEPS[case]},
         rollout=rollout,
         refit={"transport": "disk"},
-        parallel={"num_processes": RANKS, "tensor": 2},
-        checkpoint={"every": 3, "async_save": True},
         **sections,
     )
 
