@@ -28,7 +28,7 @@ from megatron_dypo.loop.setup.same_inputs import require_same_inputs
 from megatron_dypo.models.architecture import load_architecture
 from tests.support.e2e.parity_task import write_task
 
-PARTS = ("data", "seed", "tokenizer", "model", "reference", "teacher", "verifier", "version")
+PARTS: tuple[Any, ...] = ("data", "seed", "tokenizer", "model", "reference", "teacher", "verifier", "version")
 
 
 @pytest.fixture(scope="module")
