@@ -37,12 +37,15 @@ class RunConfig:
     shared_files: bool = False
     """Give new files and folders the modes that the umask says. ``false``: only this user can read them (0600, folders
     0700)."""
-    allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier", "version"], ...] = ()
+    allow_changed: tuple[
+        Literal["data", "seed", "tokenizer", "model", "reference", "teacher", "verifier", "version"], ...
+    ] = ()
     """Inputs that may differ from those of the run that is resumed; a warning then names each difference. ``data``: the
-    prompt files, their content or order; positions in the data then mean other rows. ``seed``: ``run.seed``.
-    ``tokenizer``: its files, template and stop ids. ``model``: config.json. ``reference``: the weights of a frozen
-    π_ref. ``verifier``: the section ``grading`` and the files of your own verifiers. ``version``: of this
-    program."""
+    prompt files, their content or order, columns, teachers and limits; draws then mean other prompts, answers or
+    traces. ``seed``: ``run.seed``. ``tokenizer``: its files, template and stop ids. ``model``: config.json.
+    ``reference``: the weights of a frozen π_ref. ``teacher``: the model of ``teacher_servers``. ``verifier``: the
+    section ``grading`` and the code of your own verifiers. ``version``: the code of this program, and the versions of
+    libraries that decide results. docs/resuming.md says what is compared."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")

@@ -108,6 +108,11 @@ class PromptStream:
         """Return :meth:`PromptDataset.fingerprint`."""
         return self._dataset.fingerprint()
 
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the teachers whose traces are used, in alphabetical order."""
+        return sorted(self._dataset.teachers if self._data.teachers is None else set(self._data.teachers))
+
     def id_of(self, position: int) -> str:
         """``prompt_id`` of the draw at a position."""
         return self._dataset[self._row_at(position)].prompt_id

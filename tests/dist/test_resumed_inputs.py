@@ -4,44 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.e2e.parity_task import write_task
-from tests.support.fake_sglang import FakeSGLang
+from tests.support.fake_sglang import FakeSGLang, Reply
+from tests.support.fake_teacher import answer
 
 Change = Callable[[Path], Mapping[str, str]]
 """Changes files in the folder of a task; returns overrides of the config."""
 
 
-def rank_begin(path: str) -> None:
+def rank_begin(path: str, overrides: Sequence[str] = ()) -> None:
     """Save the checkpoint of a run that begins."""
     from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.loop.megatron_policy import MegatronPolicy
     from megatron_dypo.loop.resume import save_checkpoint
     from megatron_dypo.loop.setup.build import open_run
 
-    with open_run(load_config(path)) as run:
+    with open_run(load_config(path, list(overrides))) as run:
         assert isinstance(run.policy, MegatronPolicy)
         run.policy.optimizer.zero_grad()
         run.policy.optimizer.step()  # only then it has a state
         save_checkpoint(run.checkpointer, run.progress)
 
 
-def rank_go_on(path: str, overrides: list[str], version: str) -> str:
-    """Open the run of the checkpoint with this program, or as if it had another version; return the error, if there
-    is one."""
+def rank_go_on(path: str, overrides: list[str], code: str) -> str:
+    """Open the run of the checkpoint with this program, or as if its code had another digest; return the error, if
+    there is one."""
     from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.loop.setup import inputs
     from megatron_dypo.loop.setup.build import open_run
 
-    if version:
-        inputs.__dict__["__version__"] = version
+    if code:
+        inputs.__dict__["digest_of_program"] = lambda: code
     try:
         with open_run(load_config(path, overrides)):
             return ""
@@ -62,14 +65,18 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a task whose run has a checkpoint."""
     folder = tmp_path_factory.mktemp("inputs")
     with FakeSGLang() as server:
-        run_ranks(1, rank_begin, str(write_task(folder, rollout={"servers": {"urls": [server.url]}})))
+        config = write_task(folder, rollout={"servers": {"urls": [server.url]}})
+        rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+        other = [row | {"other": str(1 - int(row["answer"]))} for row in rows]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+        run_ranks(1, rank_begin, str(config))
     return folder
 
 
-def go_on(folder: Path, *overrides: str, version: str = "") -> str:
+def go_on(folder: Path, *overrides: str, code: str = "") -> str:
     with FakeSGLang() as server:
         servers = f"rollout.servers.urls=[{server.url}]"
-        (error,) = run_ranks(1, rank_go_on, str(folder / "config.yaml"), [servers, *overrides], version)
+        (error,) = run_ranks(1, rank_go_on, str(folder / "config.yaml"), [servers, *overrides], code)
     return str(error)
 
 
@@ -123,7 +130,11 @@ def one_weight(folder: Path) -> Mapping[str, str]:
     [
         ("data", another_answer, "train.jsonl: has the same number of rows (48) with another content"),
         ("data", fewer_rows, "train.jsonl: had 48 rows, has 47"),
-        ("data", lambda _: {"data.shuffle": "false"}, "shuffle: true → false"),
+        ("data", lambda _: {"data.shuffle": "false"}, "data.shuffle: true → false"),
+        ("data", lambda _: {"data.fields.answer": "other"}, 'data.fields.answer: "answer" → "other"'),
+        ("data", lambda _: {"data.max_prompt_tokens": "4"}, "data.max_prompt_tokens: 1024 → 4"),
+        ("data", lambda _: {"data.teachers": "[long]"}, 'data.teachers: ["long", "short"] → ["long"]'),
+        ("data", lambda _: {"data.drop_wrong_traces": "true"}, "data.drop_wrong_traces: false → true"),
         ("seed", lambda _: {"run.seed": "7"}, "run.seed: 1 → 7"),
         ("tokenizer", another_tokenizer, 'tokenizer: tokenizer.json: "'),
         ("tokenizer", lambda _: {"rollout.stop_token_ids": "[129]"}, "ids that end a response: ["),
@@ -151,18 +162,59 @@ def test_another_input_is_refused_with_its_name_or_allowed_by_it(
     assert allowed == ""
 
 
-def test_another_version_of_the_program_is_refused_or_allowed_by_name(task: Path) -> None:
-    error = go_on(task, version="99.1")
-    assert " → 99.1: this program may compute" in error
-    assert go_on(task, "run.allow_changed=[version]", version="99.1") == ""
+def test_other_code_of_the_program_is_refused_or_allowed_by_name(task: Path) -> None:
+    error = go_on(task, code="c3d4")
+    assert 'version: code of megatron_dypo: "' in error
+    assert '" → "c3d4": this program may compute' in error
+    assert go_on(task, "run.allow_changed=[version]", code="c3d4") == ""
+
+
+def test_another_model_on_the_teachers_servers_is_refused(tmp_path: Path) -> None:
+    config = write_task(tmp_path, objective={"name": "opd"})
+    tokenizer: Any = load_tokenizer(tmp_path / "model", chat_template=False)
+
+    def plan(_: int, body: dict[str, Any]) -> Reply:
+        return answer(body, tokenizer)
+
+    with FakeSGLang() as server, FakeSGLang(plan, models=("/models/big",)) as teacher:
+        servers = [f"rollout.servers.urls=[{server.url}]", f"teacher_servers.urls=[{teacher.url}]"]
+        run_ranks(1, rank_begin, str(config), servers)
+    with FakeSGLang(plan, models=("/elsewhere/big",)) as teacher:
+        assert go_on(tmp_path, f"teacher_servers.urls=[{teacher.url}]") == ""
+    with FakeSGLang(plan, models=("/models/small",)) as teacher:
+        error = go_on(tmp_path, f"teacher_servers.urls=[{teacher.url}]")
+    assert 'teacher: teacher_servers.model: "big" → "small"' in error
+
+
+def test_a_refused_resume_leaves_the_records_of_the_run_as_they_are(task: Path) -> None:
+    run = task / "run"
+    (run / "samples").mkdir(exist_ok=True)
+    for step in (0, 1, 2):
+        (run / "samples" / f"step_{step:06d}.jsonl").write_text("{}\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n')
+    (run / "versions.json").write_text("{}\n")
+    files = [run / name for name in ("metrics.jsonl", "versions.json", "config.yaml")]
+    before = {path: path.read_bytes() for path in (*files, *(run / "samples").iterdir())}
+    assert "run.seed: 1 → 7" in go_on(task, "run.seed=7")
+    assert {path: path.read_bytes() for path in before} == before
+    assert go_on(task, "run.seed=7", "run.allow_changed=[seed]") == ""
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_000000.jsonl"]
+    for file in files:
+        assert file.read_bytes() != before[file], f"{file.name}: the refused start would not have changed it"
 
 
 def test_the_same_inputs_elsewhere_and_faster_grading_are_no_change(task: Path) -> None:
     (task / "model").rename(task / "moved")
+    (task / "data").mkdir()
+    (task / "train.jsonl").rename(task / "data" / "train.jsonl")
+    moved = f"model.hf_path={task / 'moved'}", f"data.prompts=[{task / 'data' / 'train.jsonl'}]"
+    spelled = "data.fields.answer=answer", "data.teachers=[short,long]", "data.on_bad_row=skip", "data.keep_row=true"
     try:
-        assert go_on(task, f"model.hf_path={task / 'moved'}", "grading.workers=1", "optimizer.lr=1e-5") == ""
+        assert go_on(task, *moved, *spelled, "grading.workers=1", "optimizer.lr=1e-5") == ""
     finally:
         (task / "moved").rename(task / "model")
+        (task / "data" / "train.jsonl").rename(task / "train.jsonl")
+        (task / "data").rmdir()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])

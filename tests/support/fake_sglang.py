@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -48,17 +48,20 @@ _ABOUT: dict[str, dict[str, Any]] = {
 class FakeSGLang:
     """A server at ``fake.url`` that treats each request as ``plan`` says: ``with FakeSGLang(plan) as fake``.
 
-    All tokens have the policy version ``version``. ``hang`` answers when ``fake.release`` is called. ``fake.requests``
-    are the bodies in the order of arrival, ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose
-    connection the client closed.
+    All tokens have the policy version ``version``. The server tells the names of ``models``, if there are any. ``hang``
+    answers when ``fake.release`` is called. ``fake.requests`` are the bodies in the order of arrival, ``fake.arrivals``
+    their times, ``fake.cancelled`` counts requests whose connection the client closed.
     """
 
-    def __init__(self, plan: Plan = lambda index, body: "ok", *, version: str = "default") -> None:
+    def __init__(
+        self, plan: Plan = lambda index, body: "ok", *, version: str = "default", models: Sequence[str] = ()
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
         self.arrivals: list[float] = []
         self.authorization: list[str | None] = []
         self.open = self.max_open = self.cancelled = 0
         self._plan, self.version = plan, version
+        self._models = [{"id": name} for name in models]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._released = asyncio.Event()
@@ -84,7 +87,8 @@ class FakeSGLang:
         app.router.add_post("/generate", self._generate)
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
             app.router.add_post(path, self._generate)
-        for path, answer in _ABOUT.items():
+        models = {"/v1/models": {"data": self._models}} if self._models else {}
+        for path, answer in (_ABOUT | models).items():
             app.router.add_get(path, functools.partial(self._tell, answer))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()

@@ -27,7 +27,7 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
 from megatron_dypo.loop.setup.reference_files import hash_reference
-from megatron_dypo.loop.setup.run_folder import prepare_folder, require_whole, write_config
+from megatron_dypo.loop.setup.run_folder import prepare_folder, require_whole, write_start
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
@@ -82,18 +82,10 @@ def open_run(config: Config) -> Iterator[Run]:
         opened, replica = _open_replica(base)
         servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
         teacher = open_teacher(base, opened)
-        writer: Writer = NoWriter()
-        if layout.is_global_leader:
-            write_config(config)  # only now: if a resume is refused, the config of the run stays
-            announce_plan(
-                config,
-                device=device_name(),
-                trainer_gpus=layout.world_size,
-                gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size)),
-            )
-            writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)
+        # Only now: a resume that is refused must leave the run's files as they are.
+        writer: Writer = _begin_records(base) if layout.is_global_leader else NoWriter()
         run = Run(
             config=config,
             ranks=base.ranks,
@@ -178,7 +170,6 @@ def _lay(
         moments = GradientMoments.from_json(found)
         progress = Progress(step=restored.step, batches=int(restored.trainer_state["batches"]), moments=moments)
         if layout.is_global_leader:
-            discard_samples(Path(config.run.dir), restored.step + 1)
             log.info("resuming from %s: %d of %d steps are done", latest, restored.step, config.run.steps)
     return Foundation(
         config=config,
@@ -228,13 +219,27 @@ def _check_memory(
     check_memory(config, trainer_gpus=ranks.mesh.world_size, memory=memory, capability=capability, fused=fused)
 
 
-def _open_writer(config: Config, objective: Objective, first_step: int, stack: contextlib.ExitStack) -> Writer:
-    return stack.enter_context(
+def _begin_records(base: Foundation) -> Writer:
+    """Write what the run folder says about this start, and remove the records of steps that are made again."""
+    config, world_size = base.config, base.ranks.world_size
+    first_step = base.progress.step + (base.restored is not None)
+    # First, as it raises without having changed anything if W&B is asked for and not installed.
+    writer = base.stack.enter_context(
         MetricsWriter(
-            Path(config.run.dir),
+            base.run_dir,
             config.logging,
             resume_step=first_step,
             config=yaml.safe_load(dump_config(config)),
-            declared=objective.metrics,
+            declared=base.objective.metrics,
         )
     )
+    write_start(config)
+    if base.restored is not None:
+        discard_samples(base.run_dir, first_step)
+    announce_plan(
+        config,
+        device=device_name(),
+        trainer_gpus=world_size,
+        gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+    return writer

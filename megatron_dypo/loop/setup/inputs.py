@@ -1,8 +1,7 @@
-"""Everything beside the checkpoint that decides the steps of a run, as it is stored and compared at a resume.
+"""Everything beside the checkpoint that decides the steps of a run, as a checkpoint stores it.
 
-A run that goes on under other inputs is another run, whose curves and books would be those of neither. So a difference
-ends the resume, unless ``run.allow_changed`` names its part. The other settings of the config may change: the log shows
-each change.
+The settings of the objective and the optimizer are not here: they may change, and the log shows each change.
+:mod:`megatron_dypo.loop.setup.same_inputs` compares.
 """
 
 from __future__ import annotations
@@ -10,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_dypo import __version__
+from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.tree import Config
-from megatron_dypo.data.fingerprints import compare_fingerprints
+from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.row_check.cache import tokenizer_files
 from megatron_dypo.data.tokenizer.open import Tokenizer
-from megatron_dypo.loop.setup.teachers import files_of_verifiers
+from megatron_dypo.loop.setup.code_digest import OWN_PACKAGE, digest_of_program
+from megatron_dypo.loop.setup.teachers import JUDGES, code_of_verifiers
+from megatron_dypo.metrics.versions import installed_versions
 from megatron_dypo.models.architecture import Architecture
 
 log = logging.getLogger("megatron_dypo")
@@ -29,19 +30,28 @@ log = logging.getLogger("megatron_dypo")
 Inputs = dict[str, Any]
 """Part → its description in JSON values; see :func:`describe_inputs`."""
 
-_WAYS_OUT = "Restore it, choose another run.dir, or set run.allow_changed=[{part}]"
+_LIBRARIES = (
+    *("torch", "triton", "megatron-core", "megatron-bridge", "transformer-engine", "flash-attn", "apex"),  # the step
+    *("sglang", "transformers"),  # rollouts, where the servers run in this environment
+    *("tokenizers", "sentencepiece", "jinja2"),  # prompts
+    *JUDGES,
+)
+"""Distributions whose version decides results. Python, NumPy and the rest carry values, or draw by our own rules."""
 _SPEED_OF_GRADING = ("workers", "deadline_s", "batch_size")
 """Keys of ``grading`` that decide no verdict."""
-_MEANING = {
-    "data": "the positions in the data mean other rows",
-    "seed": "other prompts, teachers and rollouts are drawn",
-    "tokenizer": "the same text has other tokens",
-    "model": "the same weights compute something else",
-    "reference": "π_ref is another policy",
-    "verifier": "the same response has another verdict",
-    "version": "this program may compute the same step in another way",
+DECIDING_DATA = ("max_prompt_tokens", "max_trace_tokens", "drop_wrong_traces", "shuffle")
+"""Fields of ``data`` that decide, as they are written, which prompts and traces there are, or their order."""
+OTHER_DATA = {
+    "prompts": "paths: the content of the files counts, and the ends of their names, which ids are made of",
+    "format": "counts by the columns that it stands for",
+    "fields": "counts by the columns that it stands for",
+    "teachers": "counts by the teachers that are used: null is the same as to name all of them",
+    "on_bad_row": "counts by the rows that are skipped, which are described with their file",
+    "keep_row": "decides nothing: a verifier that asks for the row is refused without it",
+    "chat_template": "is in the part tokenizer",
+    "chat_template_args": "is in the part tokenizer",
 }
-"""Each part, and what its change means."""
+"""Each other field of ``data``, and where it counts."""
 
 
 def describe_inputs(
@@ -51,15 +61,20 @@ def describe_inputs(
     tokenizer: Tokenizer,
     arch: Architecture,
     reference: Mapping[str, str] | None,
+    teacher: str | None,
+    version: Mapping[str, str | None],
 ) -> Inputs:
-    """Return the parts ``data``, ``seed``, ``tokenizer``, ``model``, ``reference``, ``verifier`` and ``version``.
+    """Return the parts ``data``, ``seed``, ``tokenizer``, ``model``, ``reference``, ``teacher``, ``verifier`` and
+    ``version``.
 
     Args:
         reference: file → SHA-256 of a frozen π_ref; None if the run reads none.
+        teacher: name of the model that the teacher's servers serve; None if the run asks none, or they do not tell.
+        version: see :func:`describe_version`.
     """
     return _plain(
         {
-            "data": {"files": stream.fingerprint(), "shuffle": config.data.shuffle},
+            "data": {"files": stream.fingerprint(), **_data(config.data, stream)},
             "seed": {"run.seed": config.run.seed},
             "tokenizer": {
                 **tokenizer_files(tokenizer),
@@ -69,53 +84,37 @@ def describe_inputs(
             },
             "model": dataclasses.asdict(arch),
             "reference": None if reference is None else dict(reference),
-            "verifier": {**_grading(config.grading), **files_of_verifiers(config.grading)},
-            "version": __version__,
+            "teacher": None if teacher is None else {"teacher_servers.model": teacher},
+            "verifier": {**_grading(config.grading), **code_of_verifiers(config.grading)},
+            "version": dict(version),
         }
     )
 
 
-def require_same_inputs(
-    run_dir: Path, stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]
-) -> None:
-    """Compare the inputs of the run that is resumed with those of this one.
+def describe_version() -> dict[str, str | None]:
+    """Return the version of this program, the digest of its code, and the versions of libraries: None if not installed.
 
-    Raises:
-        ValueError: parts differ that ``allow_changed`` does not name. Each difference is in the message.
+    SGLang is the one of this environment; servers elsewhere are not asked.
     """
-    refused = []
-    for part, meaning in _MEANING.items():
-        found = _differences(part, stored[part], current[part])
-        if not found:
-            continue
-        words = f"{part}: {'; '.join(found)}: {meaning}"
-        if part in allow_changed:
-            log.warning("%s (allowed by run.allow_changed)", words)
-        else:
-            refused.append(f"{words}. {_WAYS_OUT.format(part=part)}")
-    if refused:
-        raise ValueError(f"{run_dir}: this run has other inputs than the run that is resumed:\n" + "\n".join(refused))
+    own = {"megatron-dypo": __version__, f"code of {OWN_PACKAGE}": digest_of_program()}
+    return own | dict.fromkeys(_LIBRARIES) | installed_versions(_LIBRARIES)
 
 
-def _differences(part: str, stored: Any, current: Any) -> list[str]:
-    if stored is None or current is None:
-        return []  # a reference that only one of the two reads
-    if part == "version":
-        return [] if stored == current else [f"{stored} → {current}"]
-    changes: list[str] = []
-    if part == "data":
-        changes += compare_fingerprints(stored["files"], current["files"])
-    for key in dict.fromkeys([*stored, *current]):
-        before, now = stored.get(key), current.get(key)
-        if before == now or (part == "data" and key == "files"):
-            continue
-        changes.append(f"{key}: {_shown(before)} → {_shown(now)}")
-    return changes
+def warn_of_unseen_code(inputs: Inputs) -> None:
+    """Log a line for each verifier whose code is in no file that could be compared."""
+    for key, digest in inputs["verifier"].items():
+        if key.startswith("code of ") and digest is None:
+            log.warning("verifier: no Python file has the %s: a resume will not notice whether it changed", key)
 
 
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def _data(data: DataConfig, stream: PromptStream) -> dict[str, Any]:
+    """Return what decides prompts, answers, traces and their order besides the files, by the names below ``data``."""
+    columns = dataclasses.asdict(columns_of(data.format, data.fields))
+    return {
+        **{f"fields.{name}": value for name, value in columns.items()},
+        **{name: getattr(data, name) for name in DECIDING_DATA},
+        "teachers": stream.teachers,
+    }
 
 
 def _grading(cfg: GradingConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.replica import Books, Leader
 from megatron_dypo.loop.resume import restore_draws
 from megatron_dypo.loop.setup.foundation import Foundation
-from megatron_dypo.loop.setup.inputs import describe_inputs, require_same_inputs
+from megatron_dypo.loop.setup.inputs import Inputs, describe_inputs, describe_version, warn_of_unseen_code
 from megatron_dypo.loop.setup.open_data import (
     check_against_verifier,
     judge_traces,
@@ -23,7 +23,11 @@ from megatron_dypo.loop.setup.open_data import (
     open_held_out,
     open_tokenizer,
 )
+from megatron_dypo.loop.setup.same_inputs import require_same_inputs
 from megatron_dypo.metrics.samples import SampleLog
+from megatron_dypo.parallel.collectives import broadcast_object
+from megatron_dypo.rollout.keys import read_api_key
+from megatron_dypo.rollout.teacher.check import name_of_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +59,9 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
         check_sets(held_out, grading, verifier)
         verdicts = judge_traces(config, leaders, dataset, tokenizer, verifier)
     source = PromptStream(dataset, tokenizer, config.data, config.run.seed, verdicts=verdicts)
-    inputs = describe_inputs(
-        config, stream=source, tokenizer=tokenizer, arch=base.policy.arch, reference=base.reference_files
-    )
+    inputs = _describe_and_compare(base, leaders, source, tokenizer)
     draws = Draws(source=source, ledger=Ledger(), replica=ranks.replica, replicas=ranks.replicas)
     if base.restored is not None:
-        stored = base.restored.trainer_state["inputs"]
-        require_same_inputs(base.run_dir, stored, inputs, config.run.allow_changed)
         restore_draws(draws, base.restored.trainer_state)
     shard = ranks.replica if ranks.replicas > 1 else None
     leader = Leader(
@@ -75,3 +75,35 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
         stop_ids=tokenizer.eos_ids,
     )
     return OpenedLeader(leader=leader, tokenizer=tokenizer, verifier=verifier)
+
+
+def _describe_and_compare(
+    base: Foundation, leaders: dist.ProcessGroup, stream: PromptStream, tokenizer: Tokenizer
+) -> Inputs:
+    """Return the inputs of this run. Collective over the ``leaders``: the first one reads what is the same for all.
+
+    Raises:
+        ValueError: they are not those of the checkpoint.
+    """
+    config, is_first = base.config, leaders.rank() == 0
+    teacher, version = broadcast_object((_teacher(base), describe_version()) if is_first else (None, {}), leaders)
+    inputs = describe_inputs(
+        config,
+        stream=stream,
+        tokenizer=tokenizer,
+        arch=base.policy.arch,
+        reference=base.reference_files,
+        teacher=teacher,
+        version=version,
+    )
+    if is_first:
+        warn_of_unseen_code(inputs)
+    if base.restored is not None:
+        stored = base.restored.trainer_state["inputs"]
+        require_same_inputs(base.run_dir, stored, inputs, config.run.allow_changed)
+    return inputs
+
+
+def _teacher(base: Foundation) -> str | None:
+    cfg = base.config.teacher_servers
+    return name_of_model(cfg, read_api_key(cfg.api_key_env)) if base.objective.needs_teacher_logp() else None

@@ -21,6 +21,8 @@ log = logging.getLogger("megatron_dypo")
 def prepare_folder(config: Config, readers: Readers) -> Path | None:
     """Make the run folder; return the checkpoint to resume from, if it holds one. Collective over ``readers``.
 
+    Without a checkpoint, config and versions are written at once.
+
     Raises:
         ValueError: there is a checkpoint, and ``run.resume`` is false or ``run.steps`` is below its step; or there are
             checkpoints, and none is whole.
@@ -35,11 +37,10 @@ def prepare_folder(config: Config, readers: Readers) -> Path | None:
     if readers.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "config.yaml"
-        if found and written.is_file():
+        if not found:
+            write_start(config)
+        elif written.is_file():
             _warn_of_changes(written, config)
-        else:
-            write_config(config)
-        write_versions(folder)
     return found
 
 
@@ -53,9 +54,10 @@ def _warn_of_changes(written: Path, config: Config) -> None:
         log.warning("resuming with another configuration: %s", line)
 
 
-def write_config(config: Config) -> None:
-    """Write the config into the run folder."""
+def write_start(config: Config) -> None:
+    """Write config and versions into the run folder. A resume does so only once nothing can refuse it any more."""
     replace_file(Path(config.run.dir) / "config.yaml", dump_config(config))
+    write_versions(Path(config.run.dir))
 
 
 def require_whole(checkpoint: Path | None, config: Config) -> None:

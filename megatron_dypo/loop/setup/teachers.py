@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from megatron_dypo import __version__
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
@@ -20,9 +17,14 @@ from megatron_dypo.data.teachers import draw_trace
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.pairs import pair_of
 from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.loop.setup.code_digest import digest_of_module, digest_of_program
 from megatron_dypo.metrics.findings import Findings
+from megatron_dypo.metrics.versions import installed_versions
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.types import Prompt, Tokens
+
+JUDGES = ("math-verify", "latex2sympy2-extended", "sympy")
+"""Distributions that decide verdicts of the built-in verifiers."""
 
 
 def judge_teachers(
@@ -88,31 +90,20 @@ def judged_trace_text(
 
 
 def verifier_key(cfg: GradingConfig) -> str:
-    """Return, as text, everything that verdicts depend on besides the data: verifiers, their files, the version.
+    """Return, as text, everything that verdicts depend on besides the data: verifiers, their code, versions.
 
-    The text is empty, and no verdict is kept, if the file of a verifier is not found. Modules that a verifier's module
-    imports are not included: after a change of one, remove ``data_check`` in the run folder.
+    The text is empty, and no verdict is kept, if the code of a verifier is not found. Installed packages that a
+    verifier imports are not included: after a change of one, remove ``data_check`` in the run folder.
     """
-    files = files_of_verifiers(cfg)
-    if None in files.values():
+    code = code_of_verifiers(cfg)
+    if None in code.values():
         return ""
-    return json.dumps({"version": __version__, "grading": asdict(cfg), "files": files}, sort_keys=True, default=repr)
+    own = {"version": __version__, "grading": digest_of_program("grading"), **installed_versions(JUDGES)}
+    return json.dumps({"own": own, "grading": asdict(cfg), "code": code}, sort_keys=True, default=repr)
 
 
-def files_of_verifiers(cfg: GradingConfig) -> dict[str, str | None]:
-    """Return import path → SHA-256 of its file for the verifiers that are not ours; None if the file is not found."""
+def code_of_verifiers(cfg: GradingConfig) -> dict[str, str | None]:
+    """Return ``code of <module>`` → its digest for the verifiers that are not ours; None if it has no Python file."""
     names = [name for _, name in cfg.named_verifiers() if name not in BUILT_IN_VERIFIERS]
-    files = {name: _file_of(name.partition(":")[0]) for name in names}
-    return {
-        name: None if file is None else hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()
-    }
-
-
-def _file_of(module: str) -> Path | None:
-    """Find the file of a module without importing its packages, whose code may do anything."""
-    for entry in sys.path:
-        path = Path(entry or ".", *module.split("."))
-        for file in (path.with_suffix(".py"), path / "__init__.py"):
-            if file.is_file():
-                return file
-    return None
+    modules = dict.fromkeys(name.partition(":")[0] for name in names)
+    return {f"code of {module}": digest_of_module(module) for module in modules}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
@@ -48,6 +49,16 @@ def require_same_tokenizer(
             raise ValueError(
                 f"{teacher}: the teacher must have the policy's tokenizer, that of model.hf_path={policy}: {difference}"
             )
+
+
+def name_of_model(cfg: TeacherServersConfig, api_key: str | None) -> str | None:
+    """Return the name of the teacher's model, without folders before it; None if its servers tell no name.
+
+    It is ``teacher_servers.model``, else all names that the servers tell.
+    """
+    told = (name for url in cfg.urls for name in served_models(f"{url}/v1", api_key)[1])
+    names = {PurePath(name).name for name in ([cfg.model] if cfg.model else told)}
+    return ", ".join(sorted(names)) or None
 
 
 def _difference(cfg: TeacherServersConfig, url: str, api_key: str | None, tokenizer: Tokenizer) -> str | None:

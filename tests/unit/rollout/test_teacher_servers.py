@@ -14,7 +14,7 @@ from aiohttp import web
 
 from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.processes.stop_requests import StopFlag
-from megatron_dypo.rollout.teacher.check import require_same_tokenizer
+from megatron_dypo.rollout.teacher.check import name_of_model, require_same_tokenizer
 from megatron_dypo.rollout.teacher.client import NoLogprobsError, TeacherClient
 from megatron_dypo.rollout.teacher.logprobs import Answered, teacher_logprobs
 from megatron_dypo.types import Sample, SampleKind, Treatment
@@ -259,6 +259,14 @@ def test_a_teacher_with_another_tokenizer_is_refused_at_the_start(
         require_same_tokenizer(config(url), None, Codes(), policy="models/policy")
     for part in (words, url, "that of model.hf_path=models/policy"):
         assert part in str(caught.value)
+
+
+def test_a_teachers_model_has_the_name_that_the_config_or_the_servers_tell_without_their_folders() -> None:
+    assert name_of_model(config(closed_url(), "openai", model="/models/big"), None) == "big"
+    assert name_of_model(config(closed_url()), None) is None
+    with FakeSGLang(models=("/a/big",)) as first, FakeSGLang(models=("/b/big", "other")) as second:
+        assert name_of_model(config("", urls=(first.url,)), "key") == "big"
+        assert name_of_model(config("", urls=(first.url, second.url)), "key") == "big, other"
 
 
 def test_a_teacher_that_does_not_answer_is_refused_at_the_start() -> None:
