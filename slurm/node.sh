@@ -6,12 +6,24 @@ set -euo pipefail
 
 NODE=${SLURMD_NODENAME:-$(hostname -s)}
 
-# Compilers of kernels write many small files. Ranks of many nodes would lock each other out of them on a shared file system.
-CACHE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dypo-cache-$UID
+# Print a folder that only this user can write to: the given one, or a new one if that is a link, or another user made it or
+# may write to it.
+private_folder() {
+  (umask 077 && mkdir -p "$1" 2>/dev/null) || true
+  if [ -d "$1" ] && [ ! -L "$1" ] && [ -O "$1" ] && [ -z "$(find "$1" -maxdepth 0 -perm /022)" ]; then
+    echo "$1"
+  else
+    echo "node.sh: $1 is not a folder that only this user can write to: this job has a new one" >&2
+    mktemp -d "$1.XXXXXXXX"
+  fi
+}
+
+# Compilers of kernels write many small files, which processes load as code. Ranks of many nodes would lock each other out of
+# them on a shared file system.
+CACHE=$(private_folder "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dypo-cache-$UID")
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$CACHE/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$CACHE/inductor}
 export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$CACHE/flashinfer}
-(umask 077 && mkdir -p "$CACHE")
 
 # Print this node's index in a list of nodes; Slurm's own numbers may have another order.
 index_among() {

@@ -215,3 +215,40 @@ def test_a_router_is_started_again_three_times_in_a_row(tmp_path: Path, steady_s
     )
     assert len(count.read_text().splitlines()) == starts
     assert done.returncode == (0 if starts == 6 else 9)
+
+
+def private_folder(wanted: Path) -> tuple[Path, str]:
+    """Return the folder that a node takes for its kernels instead of ``wanted``, or that itself; and what it says."""
+    script = f"source <(sed -n '/^private_folder/,/^}}/p' {NODE}); private_folder {wanted}"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip()), done.stderr
+
+
+def test_kernels_are_kept_in_a_folder_that_nobody_else_can_write_to(tmp_path: Path) -> None:
+    wanted = tmp_path / "dypo-cache-0"
+    for _ in range(2):
+        assert private_folder(wanted) == (wanted, "")
+        assert wanted.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("case", ["link", "file", "open", "foreign"])
+def test_a_folder_that_another_user_could_fill_holds_no_kernels(tmp_path: Path, case: str) -> None:
+    wanted = tmp_path / "dypo-cache-0"
+    if case == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        wanted.symlink_to(tmp_path / "elsewhere")
+    elif case == "file":
+        wanted.touch()
+    else:
+        wanted.mkdir()
+        wanted.chmod(0o777 if case == "open" else 0o700)
+    if case == "foreign":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder to another user")
+        os.chown(wanted, 65534, 65534)
+    taken, said = private_folder(wanted)
+    assert taken.parent == tmp_path
+    assert taken != wanted
+    assert taken.stat().st_mode & 0o777 == 0o700
+    assert taken.stat().st_uid == os.geteuid()
+    assert f"node.sh: {wanted} is not a folder that only this user can write to" in said
