@@ -26,7 +26,7 @@ def hide_key(text: bytes, key: str) -> bytes:
 
 
 def forget_key(key_file: Path, log: Path, key: str) -> None:
-    """Remove the key file, and overwrite the key in the log. Another process may append to the log meanwhile."""
+    """Remove the key file, and overwrite the key in the log. Another process may append to the log in the meantime."""
     key_file.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError), log.open("r+b") as file:
         step = _BLOCK - max(map(len, _spellings(key)), default=1) + 1  # a key may lie across two blocks
