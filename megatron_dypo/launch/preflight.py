@@ -86,8 +86,8 @@ def find_fault(devices: int, deadline_s: float) -> str:
 
 
 class _Device:
-    """The process of one device. It writes to files: a pipe that nobody reads yet would hold it up, and all others with it
-    in their sum."""
+    """The process of one device. It writes to files: a pipe that nobody reads yet would hold it up, and the others too,
+    which wait for it in their sum."""
 
     def __init__(self, index: int, words: Sequence[str], folder: Path) -> None:
         self._out, self._err = folder / f"device_{index}.out", folder / f"device_{index}.err"
