@@ -13,12 +13,39 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-_LOST = re.compile(
-    r"connection (was likely )?closed|reset by peer|broken pipe|remote process exit|socket closed|ncclRemoteError",
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory"
+    # A library of CUDA that gets no workspace; NOT_INITIALIZED is what it says if it gets none for its handle.
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED)",
     re.IGNORECASE,
 )
-_SILENT = re.compile(r"timed out waiting \d+ ?ms for|watchdog caught collective operation timeout", re.IGNORECASE)
-_NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)
+_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+_BROKEN = re.compile(
+    r"uncorrectable (ECC|NVLink) error|over nvlink or a hardware error|\bXid\b|fallen off the bus|GPU is lost"
+    r"|CUDA-capable device\(s\) is/are busy|no CUDA-capable device|system not yet initialized"
+    r"|input/output error|stale file handle|\(os error (5|110|113|116)\)",
+    re.IGNORECASE,
+)
+_LOST = re.compile(
+    r"connection (was likely )?closed|reset by peer|broken pipe|remote process exit|socket closed|ncclRemoteError"
+    r"|ncclSystemError|communicator was aborted|client socket has (timed out|failed)|connectFullMesh failed",
+    re.IGNORECASE,
+)
+_SILENT = re.compile(
+    r"timed out waiting \d+ ?ms for|watchdog caught collective operation timeout|wait ?timeout|socket timeout"
+    r"|timed out after \d+ ?(ms|seconds waiting for clients)|connect timeout|timed out connecting"
+    r"|application timeout caused pair closure",
+    re.IGNORECASE,
+)
+"""Messages of torch 2.13's c10d (``socket.cpp``, ``TCPStore.cpp``, ``ProcessGroupNCCL.cpp``), gloo, NCCL
+(``ncclGetErrorString``) and CUDA (``cudaGetErrorString``)."""
+_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BROKEN_ERRORS = (
+    *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENXIO),
+    *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENOLINK),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+)
+"""Errors of a disk, of a file system over a network (Lustre evicts a client with ESHUTDOWN), and of a network."""
 _PACKAGE = str(Path(__file__).resolve().parent)
 
 
@@ -90,6 +117,13 @@ class Cause(enum.Enum):
         False,
         "a training process ran out of memory",
         "lower batching.tokens_per_microbatch or split the model further; `megatron-dypo plan` estimates what fits",
+    )
+    NODE_FAULT = Meaning(
+        72,
+        False,
+        "a GPU, a file system or the network of a node failed",
+        "look at the node's kernel log (dmesg); start the run again: it resumes; leave out a node that fails again",
+        restart=True,
     )
     IN_USE = Meaning(
         73,
@@ -180,33 +214,42 @@ def cause_of(error: BaseException) -> Cause:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Cause):
         return cause
-    if _is_lack_of_memory(error):
-        return Cause.OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Cause.DISK_FULL
-    if peer := _of_lost_peer(error):
-        return peer
+    found = _cause_of_errno(error) if isinstance(error, OSError) else _cause_of_library(error)
+    if found:
+        return found
     if isinstance(error, ValueError) and _is_raised_here(error):
         return Cause.BAD_INPUT
     return Cause.BUG
 
 
-def _is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether a device or the host had no memory left."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    # By name: this module must not import torch.
+def _cause_of_errno(error: OSError) -> Cause | None:
+    if error.errno in _FULL_ERRORS:
+        return Cause.DISK_FULL
+    if error.errno in _BROKEN_ERRORS:
+        return Cause.NODE_FAULT
+    return Cause.OUT_OF_MEMORY if error.errno == errno.ENOMEM else None
+
+
+def _cause_of_library(error: BaseException) -> Cause | None:
+    """Return the cause that the text of a library's error tells."""
+    # By name: this module must not import torch or safetensors.
     names = {kind.__name__ for kind in type(error).__mro__}
-    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
-
-
-def _of_lost_peer(error: BaseException) -> Cause | None:
-    # When one rank has gone or does not answer, gloo, NCCL and torch's store raise these on the other ranks.
-    if not isinstance(error, RuntimeError):
+    if names & {"MemoryError", "OutOfMemoryError"}:
+        return Cause.OUT_OF_MEMORY
+    if not names & {"RuntimeError", "SafetensorError"}:
         return None
-    if _LOST.search(str(error)):
+    text = str(error)
+    # NCCL tells what failed on this node in the same text as that its peers are lost.
+    if _NO_MEMORY.search(text):
+        return Cause.OUT_OF_MEMORY
+    if _BROKEN.search(text):
+        return Cause.NODE_FAULT
+    # When one rank has gone or does not answer, gloo, NCCL and torch's store raise these on the other ranks.
+    if _LOST.search(text):
         return Cause.RANK_LOST
-    return Cause.RANK_HUNG if _SILENT.search(str(error)) else None
+    if _SILENT.search(text):
+        return Cause.RANK_HUNG
+    return Cause.DISK_FULL if _FULL.search(text) else None
 
 
 def _is_raised_here(error: BaseException) -> bool:

@@ -205,14 +205,14 @@ got_further() {
 # Print the step of the run's last checkpoint.
 last_checkpoint() { cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
 
-# was_lost STATUS NUM_LOST_NODES: tell whether the trainer ended because a rank hung (76) or was lost (77), or with its
-# node or launcher, which then says nothing. After any other end a new start would end alike; docs/exit_statuses.md.
+# was_lost STATUS NUM_LOST_NODES: tell whether the trainer ended because a node failed (72), a rank hung (76) or was lost (77),
+# or with its node or launcher, which then says nothing. After any other end a new start would end alike; docs/exit_statuses.md.
 was_lost() {
   local said number=0
   while read -r said _; do
     number=$((number + 1))
     case $said in
-      0 | 75 | 76 | 77 | 143) ;;
+      0 | 72 | 75 | 76 | 77 | 143) ;;
       69) [ -n "${FAILURE:-}" ] || return 1 ;; # its servers were lost, which is told already
       *) return 1 ;;
     esac

@@ -66,29 +66,16 @@ def find_fault(devices: int, deadline_s: float) -> str:
     deadline = time.monotonic() + deadline_s
     with tempfile.TemporaryDirectory(prefix="dypo-preflight-") as folder:
         words = ("-m", "megatron_dypo.launch.preflight", "--devices", str(devices), "--deadline-s", str(deadline_s))
-        started = [
-            subprocess.Popen(
-                [sys.executable, *words, "--device", str(index), "--store", f"{folder}/store"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "LOCAL_RANK": str(index)},
-            )
-            for index in range(devices)
-        ]
+        started = [_Device(index, [*words, "--store", f"{folder}/store"], Path(folder)) for index in range(devices)]
         findings, silent, failed = dict[int, Finding](), list[int](), dict[int, str]()
         for index, process in enumerate(started):
-            try:
-                output, errors = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+            status = process.wait(max(0.1, deadline - time.monotonic()))
+            if status is None:
                 silent.append(index)
-                continue
-            if process.returncode:
-                failed[index] = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
+            elif status:
+                failed[index] = (process.errors().strip().splitlines() or [f"status {status}"])[-1]
             else:
-                findings[index] = Finding(**json.loads(output.splitlines()[-1]))
+                findings[index] = process.finding()
     # A device that failed lets the others wait for it in the sum.
     if failed:
         index, words_of_it = next(iter(failed.items()))
@@ -96,6 +83,38 @@ def find_fault(devices: int, deadline_s: float) -> str:
     if silent:
         return f"{_named(silent)} gave no answer in {deadline_s:g} s"
     return judge(findings)
+
+
+class _Device:
+    """The process of one device. It writes to files: a pipe that nobody reads yet would hold it up, and the others too,
+    which wait for it in their sum."""
+
+    def __init__(self, index: int, words: Sequence[str], folder: Path) -> None:
+        self._out, self._err = folder / f"device_{index}.out", folder / f"device_{index}.err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, *words, "--device", str(index)],
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "LOCAL_RANK": str(index)},
+            )
+
+    def wait(self, seconds: float) -> int | None:
+        """Return the exit status; None if the process has not ended in that time, and is killed."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return None
+
+    def finding(self) -> Finding:
+        """Return what the process found; its libraries may log to the same output."""
+        lines = self._out.read_text(errors="replace").splitlines()
+        return Finding(**json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
+
+    def errors(self) -> str:
+        return self._err.read_text(errors="replace")
 
 
 def judge(findings: dict[int, Finding]) -> str:

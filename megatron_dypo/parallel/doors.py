@@ -26,7 +26,7 @@ _PROOF_WAIT_S = 10.0
 """Longest time for a connection, and for a proof that the other end knows the key."""
 _RETRY_S = 0.2
 """Seconds between two attempts to reach a door, since its host does not announce that it has opened it."""
-_CHUNK_BYTES = 2**16
+CHUNK_BYTES = 2**16
 LOOPBACK = "127.0.0.1"
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,12 @@ class Door:
             OSError: the port is taken, or ``host`` is no address of this machine.
         """
         self._key, self._target_port = key.encode(), target_port
-        self._server = _run(_listen(self._pass_on, host, port))
+        self._server = run_in_loop(listen(self._pass_on, host, port))
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
         """Stop listening. Open connections stay."""
-        _loop().call_soon_threadsafe(self._server.close)
+        loop_of_doors().call_soon_threadsafe(self._server.close)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -60,7 +60,7 @@ class Door:
             log.warning("a connection from %s to port %d had no key", writer.get_extra_info("peername"), self.port)
             writer.close()
             return
-        await _join_to(reader, writer, functools.partial(asyncio.open_connection, LOOPBACK, self._target_port))
+        await join_to(reader, writer, functools.partial(asyncio.open_connection, LOOPBACK, self._target_port))
 
 
 class Tunnel:
@@ -74,22 +74,22 @@ class Tunnel:
             KeyRefusedError: the door has another key.
         """
         self._reach = functools.partial(_enter, host, port, key.encode())
-        _run(_await_door(self._reach, f"{host}:{port}", patience_s))
-        self._server = _run(_listen(self._lead, LOOPBACK, 0))
+        run_in_loop(_await_door(self._reach, f"{host}:{port}", patience_s))
+        self._server = run_in_loop(listen(self._lead, LOOPBACK, 0))
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
         """Stop listening. Open connections stay."""
-        _loop().call_soon_threadsafe(self._server.close)
+        loop_of_doors().call_soon_threadsafe(self._server.close)
 
     async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _join_to(reader, writer, self._reach)
+        await join_to(reader, writer, self._reach)
 
 
-_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def _listen(
+async def listen(
     serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], host: str, port: int
 ) -> asyncio.Server:
     # Bound here: for a name with several addresses asyncio would take a different free port for each.
@@ -115,7 +115,7 @@ async def _admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key
     _require(await reader.readexactly(_PROOF_BYTES), prove(key, b"enters", theirs, ours))
 
 
-async def _enter(host: str, port: int, key: bytes) -> _Streams:
+async def _enter(host: str, port: int, key: bytes) -> Streams:
     """Connect to a door, and prove that this end knows the key.
 
     Raises:
@@ -142,7 +142,7 @@ async def _enter(host: str, port: int, key: bytes) -> _Streams:
     return reader, writer
 
 
-async def _await_door(reach: Callable[[], Awaitable[_Streams]], name: str, patience_s: float) -> None:
+async def _await_door(reach: Callable[[], Awaitable[Streams]], name: str, patience_s: float) -> None:
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -166,8 +166,8 @@ def _require(proof: bytes, expected: bytes) -> None:
         raise KeyRefusedError("the other end has another key")
 
 
-async def _join_to(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reach: Callable[[], Awaitable[_Streams]]
+async def join_to(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reach: Callable[[], Awaitable[Streams]]
 ) -> None:
     """Copy bytes both ways between a connection and the one that ``reach`` opens, until either end closes."""
     try:
@@ -188,7 +188,7 @@ async def _join_to(
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        while data := await reader.read(_CHUNK_BYTES):
+        while data := await reader.read(CHUNK_BYTES):
             writer.write(data)
             await writer.drain()
     except OSError:  # the connection broke, which ends it like an orderly close
@@ -196,12 +196,12 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
+def loop_of_doors() -> asyncio.AbstractEventLoop:
     """Return the event loop of all doors and tunnels of this process, in a daemon thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="doors", daemon=True).start()
     return loop
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
+def run_in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(coroutine, loop_of_doors()).result()

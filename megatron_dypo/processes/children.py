@@ -13,7 +13,9 @@ reach it, and what ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the 
   gone |
 | `megatron-dypo serve` | user, srun | SIGUSR1 blocked; SIGTERM, SIGINT and SIGHUP stop its servers | a signal; the
   loss of its servers |
-| `megatron-dypo route` | user, srun | SIGUSR1 blocked; sglang-router takes SIGTERM and SIGINT | a signal |
+| `megatron-dypo route` | user, srun | SIGUSR1 blocked; SIGTERM, SIGINT and SIGHUP stop its router | a signal; the end
+  of its router |
+| guard of a router, and sglang-router | `route`, in sessions of their own | as a server's | as a server's |
 | guard of a server | rank, `serve` | STOP blocked; it obeys SIGTERM, SIGINT and SIGHUP of its parent alone | the end
   of its server; its parent's SIGTERM or end |
 | SGLang server | guard, in a session of its own | SIGUSR1 blocked; SIGTERM by its guard | its guard: SIGTERM to the

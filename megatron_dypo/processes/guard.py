@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from megatron_dypo.processes.children import signal_at_parents_end, signal_group, unblock
 
@@ -47,9 +48,8 @@ def _prepare_command(guard: int) -> None:
     signal_at_parents_end(signal.SIGKILL, guard)
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    parent, grace_s, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+def guard(parent: int, grace_s: float, command: Sequence[str]) -> int:
+    """Run ``command`` and return its exit status; ``parent`` is the process that it must not outlive."""
     # Block the signals, so that none is lost between two waits. The command starts with them unblocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP, signal.SIGCHLD])
     signal_at_parents_end(signal.SIGCHLD, parent)
@@ -59,3 +59,8 @@ def main() -> int:
     status = child.poll()
     _end_group(child, grace_s)
     return 128 - status if status is not None and status < 0 else status or 0
+
+
+def main() -> int:
+    """Run the command of the arguments and return its exit status."""
+    return guard(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

@@ -19,10 +19,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def running_router(folder: Path, servers: Sequence[str], key: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def running_router(
+    folder: Path, servers: Sequence[str], key: str, *, host: str = "127.0.0.1"
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """Start a router; give its URL and process once it answers. Its output is in ``folder/router.log``."""
-    lease = lease_port("127.0.0.1", 31800)
-    url = f"http://127.0.0.1:{lease.port}"
+    lease = lease_port(host, 31800)
+    url = f"http://{host}:{lease.port}"
     config = {
         "model": {"hf_path": str(folder), "dtype": "float32"},
         "data": {"prompts": ["none.jsonl"]},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -15,9 +14,11 @@ import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.processes.children import program, wait_for_end
+from megatron_dypo.processes.guard_with_key import forget_key, hide_key, write_private
 from megatron_dypo.rollout.server.command import store_environment
 
 _TAIL_LINES = 30
+_GUARD = "megatron_dypo.processes.guard_with_key:main"
 
 
 class ServerDiedError(RuntimeError):
@@ -40,23 +41,26 @@ class ServerProcess:
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
         """Start ``command``. It reads the API key from ``key_file`` (SGLang's ``--config``), not from its arguments.
 
-        A server that has ended may be started again; its log continues.
+        The guard writes that file, and removes it when the server ends. A server that has ended may be started again;
+        its log continues.
         """
         self._api_key = api_key
-        _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
         if self._guard is None:
-            _write_private(self.log_path, "")
+            write_private(self.log_path, "")
         folder = self._new_folder()
         with self.log_path.open("ab") as log:
             self._guard = subprocess.Popen(
-                program("megatron_dypo.processes.guard:main", os.getpid(), self._grace_s, *command, isolated=True),
-                stdin=subprocess.DEVNULL,
+                program(_GUARD, self.key_file, self.log_path, os.getpid(), self._grace_s, *command, isolated=True),
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**store_environment(command, folder), **env},
                 umask=0o077,  # SGLang makes Unix sockets in the temporary folder
                 start_new_session=True,  # Ctrl-C reaches only the trainer, which then stops its servers in order
             )
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._guard.stdin as stdin:  # a guard that ended is noticed later
+            stdin.write(f"{api_key}\n".encode())
 
     def ending(self) -> str | None:
         """Return how the server ended, by name and status; None while it runs."""
@@ -78,20 +82,13 @@ class ServerProcess:
     def check(self) -> None:
         """Raise ServerDiedError if the server has ended; the message quotes its log, without the key."""
         if self.ending() is not None:
-            words = _tail(self.log_path).replace(self._api_key, "*" * len(self._api_key))
+            words = hide_key(_tail(self.log_path), self._api_key).decode(errors="replace")
             raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{words}")
 
-    def forget_key(self, api_key: str) -> None:
-        """Delete the key file, and overwrite the key in the arguments that SGLang logs. Call it once the server
-        runs."""
-        self.key_file.unlink(missing_ok=True)
-        text, key = self.log_path.read_bytes(), api_key.encode()
-        with self.log_path.open("r+b") as log:
-            start = text.find(key)
-            while start >= 0:
-                log.seek(start)
-                log.write(b"*" * len(key))
-                start = text.find(key, start + len(key))
+    def forget_key(self) -> None:
+        """Delete the key file, and overwrite the key in the settings that SGLang logs. Call it once the server runs;
+        when the server ends, its guard does it again."""
+        forget_key(self.key_file, self.log_path, self._api_key)
 
     def stop(self) -> None:
         """Ask the guard to stop the server; :meth:`join` waits until it has."""
@@ -107,7 +104,7 @@ class ServerProcess:
         """Wait until the server has ended, and forget its key."""
         if self._guard is not None:
             self._guard.wait()
-        self.key_file.unlink(missing_ok=True)
+            self.forget_key()  # a guard that was killed could not
         self._remove_folder()
 
     def _new_folder(self) -> Path:
@@ -122,12 +119,5 @@ class ServerProcess:
             self._folder = None
 
 
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can ever read."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-
-
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+def _tail(path: Path) -> bytes:
+    return b"\n".join(path.read_bytes().splitlines()[-_TAIL_LINES:])

@@ -180,8 +180,7 @@ class ServerPool:
         """Remove the key of a server that has read it. One that starts again gets a new file."""
         for process in self._processes:
             if process.url == url:
-                assert self.api_key is not None
-                process.forget_key(self.api_key)
+                process.forget_key()
 
     def _check_start(self) -> None:
         self.check()

@@ -40,6 +40,34 @@ def test_two_cpus_are_well() -> None:
     assert not fault or "times as long for a product" in fault, "another program may have taken one of them"
 
 
+def run_as(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each device's process run ``program`` in place of the check."""
+    script = folder / "python"
+    script.write_text(f"#!{sys.executable}\n{program}\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+CHATTY = """
+import json, pathlib, sys, time
+index, here = sys.argv[sys.argv.index("--device") + 1], pathlib.Path(sys.argv[sys.argv.index("--store") + 1]).parent
+for stream in (sys.stdout, sys.stderr):
+    for number in range(20_000):
+        print(f"node1:12:34 [{index}] NCCL INFO Channel {number:05}: a line of its log", file=stream, flush=True)
+(here / f"at_sum_{index}").touch()
+while len(list(here.glob("at_sum_*"))) < 2:
+    time.sleep(0.05)
+print(json.dumps(dict(digests=["a"], seconds=1.0, is_sum_exact=True)), flush=True)
+print("NCCL INFO comm destroyed")
+"""
+"""A device whose library logs a megabyte before the sum in which it waits for the other one."""
+
+
+def test_devices_whose_libraries_log_a_lot_are_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_as(CHATTY, tmp_path, monkeypatch)
+    assert find_fault(2, 60.0) == ""
+
+
 @pytest.mark.parametrize(
     ("program", "deadline_s", "words"),
     [
@@ -55,10 +83,7 @@ def test_two_cpus_are_well() -> None:
 def test_a_device_that_fails_or_hangs_is_named_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, deadline_s: float, words: str
 ) -> None:
-    script = tmp_path / "python"
-    script.write_text(f"#!{sys.executable}\n{program}\n")
-    script.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(script))
+    run_as(program, tmp_path, monkeypatch)
     began = time.monotonic()
     assert find_fault(2, deadline_s) == words
     assert time.monotonic() - began < 60.0

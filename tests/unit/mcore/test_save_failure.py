@@ -15,7 +15,7 @@ REASONS = [
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), Cause.DISK_FULL),
     (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), Cause.DISK_FULL),
     (RuntimeError("Worker failure: [Errno 122] Disk quota exceeded"), Cause.DISK_FULL),
-    (OSError(errno.EIO, "Input/output error"), Cause.BUG),
+    (OSError(errno.EIO, "Input/output error"), Cause.NODE_FAULT),
     (RuntimeError("unknown"), Cause.BUG),
 ]
 

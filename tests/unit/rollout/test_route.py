@@ -17,7 +17,7 @@ from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.sampling import request_body
 from megatron_dypo.rollout.server.probe import http_status
-from megatron_dypo.rollout.server.run_router import router_options, run_router
+from megatron_dypo.rollout.server.run_router import address_of, router_options, run_router
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.rollout.clients import closed_url, make_client, make_prompts
 from tests.support.routers import running_router
@@ -96,10 +96,13 @@ def test_the_router_reaches_its_servers_through_no_proxy(tmp_path: Path, monkeyp
         assert len(collect(make_prompts(1), client, group_size=2, progress=False)[0]) == 1
 
 
-def test_requests_to_a_router_have_the_deadline_of_a_group_and_no_name_for_a_host() -> None:
-    cfg = RolloutConfig(request_deadline_s=12.5)
-    options = router_options(cfg, "http://localhost:31811", KEY)
-    assert (options["host"], options["port"], options["request_timeout_secs"]) == ("127.0.0.1", 31811, 13)
+def test_requests_to_a_router_have_the_deadline_of_a_group() -> None:
+    options = router_options(RolloutConfig(request_deadline_s=12.5), 9500, KEY)
+    assert (options["host"], options["port"], options["request_timeout_secs"]) == ("127.0.0.1", 9500, 13)
+
+
+def test_the_name_of_a_routers_host_is_looked_up() -> None:
+    assert address_of("http://localhost:31811") == ("127.0.0.1", 31811)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +110,19 @@ def test_requests_to_a_router_have_the_deadline_of_a_group_and_no_name_for_a_hos
 )
 def test_a_router_that_is_no_address_is_named_with_the_rule(url: str) -> None:
     with pytest.raises(ValueError, match=rf"rollout\.servers\.router='{url}': must be http://HOST:PORT"):
-        router_options(RolloutConfig(), url, KEY)
+        address_of(url)
 
 
 def test_a_router_at_a_host_that_does_not_resolve_is_named() -> None:
     with pytest.raises(ValueError, match=r"rollout\.servers\.router='http://absent\.invalid:1': (?!must be)\w"):
-        router_options(RolloutConfig(), "http://absent.invalid:1", KEY)
+        address_of("http://absent.invalid:1")
+
+
+def test_a_router_at_an_address_of_another_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYPO_SGLANG_API_KEY", KEY)
+    servers = ServersConfig(urls=("http://a:1",), router="http://192.0.2.1:31812")
+    with pytest.raises(ValueError, match=r"rollout\.servers\.router='http://192\.0\.2\.1:31812': .*assign"):
+        run_router(RolloutConfig(servers=servers))
 
 
 def test_a_router_needs_the_key_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,7 @@ start_trainer
     [
         (["77 3 rank_lost: rank 3 was killed by SIGKILL", "77 3 rank_lost: Connection closed by peer"], 77, True),
         (["76 3 rank_hung: rank 3", "143 ? terminated: asked"], 76, True),
+        (["72 3 node_fault: Input/output error", "77 3 rank_lost: Connection closed by peer"], 72, True),
         ([], 137, True),  # launchers that were killed
         ([], 127, False),  # a command that is not there
         (["77 3 rank_lost: Connection closed by peer", "13 3 not_finite: weights"], 77, False),
