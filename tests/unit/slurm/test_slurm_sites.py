@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.folders import STRANGE_FOLDERS, make_strange_folder
 from tests.support.slurm_job import REPOSITORY, Job
 
 NODE = REPOSITORY / "slurm" / "node.sh"
@@ -118,6 +119,35 @@ def test_compilers_of_kernels_write_to_a_private_folder_of_the_node(job: Job, tm
     assert values["FLASHINFER_WORKSPACE_BASE"] == f"{cache}/flashinfer"
     assert values["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", STRANGE_FOLDERS)
+def test_compilers_of_kernels_take_no_folder_that_another_user_could_write_to(tmp_path: Path, kind: str) -> None:
+    usual = tmp_path / f"dypo-cache-{os.getuid()}"
+    make_strange_folder(usual, kind)
+    show = 'stat -c \'%a %u\' "$(dirname "$TRITON_CACHE_DIR")"; echo $TRITON_CACHE_DIR; exit 0'
+    settings = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "node1"}
+    outside = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_DIR")}
+    command = [str(NODE), "router", "bash", "-c", show]
+    done = subprocess.run(command, env={**outside, **settings}, capture_output=True, text=True, timeout=60, check=True)
+    access, used = done.stdout.splitlines()
+    assert access == f"700 {os.getuid()}"
+    assert Path(used).parent.parent == tmp_path
+    assert Path(used).parent != usual
+    assert f"{usual} is not a folder that only this user may write to" in done.stderr
+    assert list(tmp_path.glob("dypo-cache-*.*")) == []  # the folder of one process ends with it
+    assert not any(usual.iterdir())
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_compilers_of_kernels_keep_the_folder_of_an_earlier_job(tmp_path: Path, mode: int) -> None:
+    usual = tmp_path / f"dypo-cache-{os.getuid()}"
+    usual.mkdir(mode=mode)
+    settings = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "node1", "PATH": os.environ["PATH"]}
+    done = subprocess.run([NODE, "router", "env"], env=settings, capture_output=True, text=True, timeout=60, check=True)
+    assert f"TRITON_CACHE_DIR={usual}/triton\n" in done.stdout
+    assert done.stderr == ""
+    assert usual.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(("role", "grows"), [("trainer", True), ("rollout", False)])
