@@ -11,16 +11,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
+import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_log = logging.getLogger(__name__)
 _HASH_BYTES = 8 * 2**20
 _OTHERS = 0o077
 """Mode bits of the group and of other users."""
+_WRITE_OF_OTHERS = 0o022
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -32,6 +37,22 @@ def set_access(*, shared: bool) -> None:
     """
     if not shared:
         os.umask(os.umask(_OTHERS) | _OTHERS)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user may enter, and return it: ``path``, or a new one with a name that nobody knows.
+
+    ``path`` may be in a folder of all users. There another user may have made it first, as a folder or as a link, or
+    have been able to write to it; then a warning says so. ``slurm/node.sh`` has the same rule.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & _WRITE_OF_OTHERS:
+        path.chmod(0o700)
+        return path
+    _log.warning("%s is not a folder that only this user may write to: another one is used", path)
+    return Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
 
 
 def make_exclusively(path: Path, text: str) -> bool:

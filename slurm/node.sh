@@ -6,21 +6,25 @@ set -euo pipefail
 
 NODE=${SLURMD_NODENAME:-$(hostname -s)}
 
-# Print a folder that only this user can write to: the given one, or a new one if that is a link, or another user made it or
-# may write to it.
+# Make a folder that only this user may enter, and print its name. Another user of the node may have made it first, or may have
+# been able to write to it: then it is a new one, whose name nobody could know. One call of stat, which follows no link, tells.
 private_folder() {
-  (umask 077 && mkdir -p "$1" 2>/dev/null) || true
-  if [ -d "$1" ] && [ ! -L "$1" ] && [ -O "$1" ] && [ -z "$(find "$1" -maxdepth 0 -perm /022)" ]; then
+  (umask 077 && mkdir -p "$1") 2>/dev/null || true
+  local found
+  found=$(LC_ALL=C stat -c '%u %A' "$1") || true
+  if [[ $found = "$UID d"????-??-? ]]; then
+    chmod 700 "$1"
     echo "$1"
   else
-    echo "node.sh: $1 is not a folder that only this user can write to: this job has a new one" >&2
-    mktemp -d "$1.XXXXXXXX"
+    echo "node.sh: $1 is not a folder that only this user may write to ($found); kernels are compiled anew in another one" >&2
+    mktemp -d "$1.XXXXXX"
   fi
 }
 
-# Compilers of kernels write many small files, which processes load as code. Ranks of many nodes would lock each other out of
-# them on a shared file system.
-CACHE=$(private_folder "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dypo-cache-$UID")
+# Compilers of kernels write many small files. Ranks of many nodes would lock each other out of them on a shared file system.
+USUAL_CACHE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dypo-cache-$UID
+CACHE=$(private_folder "$USUAL_CACHE")
+[ "$CACHE" = "$USUAL_CACHE" ] || trap 'rm -rf "$CACHE"' EXIT # nobody would find it again
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$CACHE/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$CACHE/inductor}
 export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$CACHE/flashinfer}

@@ -14,7 +14,7 @@ from megatron_dypo.fs import set_access
 from megatron_dypo.launch.probe_target import ProbeTarget
 from megatron_dypo.launch.replay_target import ReplayTarget
 from megatron_dypo.metrics.terminal import survive_terminal
-from megatron_dypo.parallel.environment import prepare_rank
+from megatron_dypo.parallel.environment import prepare_rank, set_kernel_cache
 from megatron_dypo.parallel.interfaces import is_loopback, join_network, stay_on_this_host
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
@@ -51,6 +51,7 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
     set_access(shared=config.run.shared_files)  # a launcher, ranks and their processes inherit it
     survive_terminal()
     prepare_rank(os.environ)
+    set_kernel_cache(os.environ)
     if _is_on_one_host(config):
         stay_on_this_host(os.environ)  # ranks and servers inherit it
     else:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+
+from megatron_dypo.fs import private_folder
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables with the settings of torch's allocator, the older name first."""
@@ -38,6 +42,16 @@ def prepare_rank(environment: MutableMapping[str, str]) -> None:
     # SGLang turns both off in its processes, and the two ends of a group that carries weights must agree.
     environment.setdefault("NCCL_CUMEM_ENABLE", "0")
     environment.setdefault("NCCL_NVLS_ENABLE", "0")
+
+
+def set_kernel_cache(environment: MutableMapping[str, str]) -> None:
+    """Have torch keep compiled kernels in a folder of this user alone; a value that is set stays.
+
+    torch's own choice is ``/tmp/torchinductor_USER``. It loads the code that lies there, whoever made the folder.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in environment:
+        cache = private_folder(Path(tempfile.gettempdir()) / f"dypo-cache-{os.getuid()}")
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
 
 
 def without_expandable_segments(environment: MutableMapping[str, str]) -> None:

@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
-from megatron_dypo.fs import commit_folder, make_exclusively, new_file, new_folder, partial_path, replace_file
+from megatron_dypo.fs import (
+    commit_folder,
+    make_exclusively,
+    new_file,
+    new_folder,
+    partial_path,
+    private_folder,
+    replace_file,
+)
+from megatron_dypo.parallel.environment import set_kernel_cache
+from tests.support.folders import STRANGE_FOLDERS, make_strange_folder
 
 
 class Disk:
@@ -176,3 +187,38 @@ def test_a_folder_takes_the_place_of_what_has_its_name(tmp_path: Path, there: st
     assert [entry.name for entry in path.iterdir()] == ["new"]
     assert {entry.name for entry in tmp_path.iterdir()} <= {"step_000001", "elsewhere"}
     assert not elsewhere.exists() or (elsewhere / "kept").exists()
+
+
+@pytest.mark.parametrize("kind", STRANGE_FOLDERS)
+def test_a_private_folder_is_none_that_another_user_could_write_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    make_strange_folder(tmp_path / "cache", kind)
+    found = private_folder(tmp_path / "cache")
+    assert found.parent == tmp_path
+    assert found.name.startswith("cache.")
+    assert (found.lstat().st_uid, found.lstat().st_mode & 0o777) == (os.getuid(), 0o700)
+    assert "cache is not a folder that only this user may write to" in caplog.text
+
+
+def test_a_private_folder_is_made_closed_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "cache"
+    assert private_folder(path) == path
+    path.chmod(0o755)
+    assert private_folder(path) == path
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert caplog.text == ""
+
+
+def test_kernels_are_compiled_into_a_private_folder_unless_the_environment_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make_strange_folder(tmp_path / f"dypo-cache-{os.getuid()}", "a link")
+    environment: dict[str, str] = {}
+    set_kernel_cache(environment)
+    (made,) = tmp_path.glob("dypo-cache-*.*")
+    assert environment == {"TORCHINDUCTOR_CACHE_DIR": f"{made}/inductor"}
+    chosen = {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
+    set_kernel_cache(chosen)
+    assert chosen == {"TORCHINDUCTOR_CACHE_DIR": "/mine"}

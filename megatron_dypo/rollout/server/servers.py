@@ -16,6 +16,7 @@ from types import TracebackType
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING, SEEDS_SETTING
 from megatron_dypo.ending import Cause
+from megatron_dypo.parallel.environment import set_kernel_cache
 from megatron_dypo.processes.running_time import running_time
 from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import (
@@ -127,6 +128,7 @@ class ServerPool:
     def _start(self, cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, seed: int, device: str) -> None:
         python_path = link_package(log_dir / "python_path")
         env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores(), python_path, host=cfg.host)
+        set_kernel_cache(env)
         for index in range(cfg.per_node):
             lease = lease_port(cfg.host, cfg.port)
             self._on_stop.callback(lease.release)

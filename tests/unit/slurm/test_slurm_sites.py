@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.folders import STRANGE_FOLDERS, make_strange_folder
 from tests.support.slurm_job import REPOSITORY, Job
 
 NODE = REPOSITORY / "slurm" / "node.sh"
@@ -120,6 +121,35 @@ def test_compilers_of_kernels_write_to_a_private_folder_of_the_node(job: Job, tm
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("kind", STRANGE_FOLDERS)
+def test_compilers_of_kernels_take_no_folder_that_another_user_could_write_to(tmp_path: Path, kind: str) -> None:
+    usual = tmp_path / f"dypo-cache-{os.getuid()}"
+    make_strange_folder(usual, kind)
+    show = 'stat -c \'%a %u\' "$(dirname "$TRITON_CACHE_DIR")"; echo $TRITON_CACHE_DIR; exit 0'
+    settings = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "node1"}
+    outside = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_DIR")}
+    command = [str(NODE), "router", "bash", "-c", show]
+    done = subprocess.run(command, env={**outside, **settings}, capture_output=True, text=True, timeout=60, check=True)
+    access, used = done.stdout.splitlines()
+    assert access == f"700 {os.getuid()}"
+    assert Path(used).parent.parent == tmp_path
+    assert Path(used).parent != usual
+    assert f"{usual} is not a folder that only this user may write to" in done.stderr
+    assert list(tmp_path.glob("dypo-cache-*.*")) == []  # the folder of one process ends with it
+    assert not any(usual.iterdir())
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_compilers_of_kernels_keep_the_folder_of_an_earlier_job(tmp_path: Path, mode: int) -> None:
+    usual = tmp_path / f"dypo-cache-{os.getuid()}"
+    usual.mkdir(mode=mode)
+    settings = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "node1", "PATH": os.environ["PATH"]}
+    done = subprocess.run([NODE, "router", "env"], env=settings, capture_output=True, text=True, timeout=60, check=True)
+    assert f"TRITON_CACHE_DIR={usual}/triton\n" in done.stdout
+    assert done.stderr == ""
+    assert usual.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize(("role", "grows"), [("trainer", True), ("rollout", False)])
 def test_only_the_trainers_memory_is_in_segments_that_grow(tmp_path: Path, role: str, grows: bool) -> None:
     for folder in ("ends", "ended"):
@@ -215,40 +245,3 @@ def test_a_router_is_started_again_three_times_in_a_row(tmp_path: Path, steady_s
     )
     assert len(count.read_text().splitlines()) == starts
     assert done.returncode == (0 if starts == 6 else 9)
-
-
-def private_folder(wanted: Path) -> tuple[Path, str]:
-    """Return the folder that a node takes for its kernels instead of ``wanted``, or that itself; and what it says."""
-    script = f"source <(sed -n '/^private_folder/,/^}}/p' {NODE}); private_folder {wanted}"
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip()), done.stderr
-
-
-def test_kernels_are_kept_in_a_folder_that_nobody_else_can_write_to(tmp_path: Path) -> None:
-    wanted = tmp_path / "dypo-cache-0"
-    for _ in range(2):
-        assert private_folder(wanted) == (wanted, "")
-        assert wanted.stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.parametrize("case", ["link", "file", "open", "foreign"])
-def test_a_folder_that_another_user_could_fill_holds_no_kernels(tmp_path: Path, case: str) -> None:
-    wanted = tmp_path / "dypo-cache-0"
-    if case == "link":
-        (tmp_path / "elsewhere").mkdir(mode=0o700)
-        wanted.symlink_to(tmp_path / "elsewhere")
-    elif case == "file":
-        wanted.touch()
-    else:
-        wanted.mkdir()
-        wanted.chmod(0o777 if case == "open" else 0o700)
-    if case == "foreign":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a folder to another user")
-        os.chown(wanted, 65534, 65534)
-    taken, said = private_folder(wanted)
-    assert taken.parent == tmp_path
-    assert taken != wanted
-    assert taken.stat().st_mode & 0o777 == 0o700
-    assert taken.stat().st_uid == os.geteuid()
-    assert f"node.sh: {wanted} is not a folder that only this user can write to" in said
