@@ -48,10 +48,11 @@ class ServersConfig:
     """Size of the KV cache in tokens (SGLang's ``--max-total-tokens``). ``null``: on a GPU, SGLang's choice; on a CPU,
     20,000."""
     extra_args: tuple[str, ...] = ()
-    """More arguments for ``sglang.launch_server``. Flags that other keys set are refused, and those of servers that no
-    refit serves: a weight cache, a draft model. Servers with moving or redundant experts need ``refit.transport``
-    ``auto``, ``broadcast`` or ``disk``. Attention data parallelism (``--attn-dp-size``) is planned for, except for
-    ``llama``, ``mistral`` and ``qwen2``, which SGLang cannot serve with it (docs/gpu.md)."""
+    """More arguments for ``sglang.launch_server``. Flags that other keys set are refused, those that show a secret or
+    open a socket without a key, and those of servers that no refit serves: a weight cache, a draft model. Servers with
+    moving or redundant experts need ``refit.transport`` ``auto``, ``broadcast`` or ``disk``. Attention data parallelism
+    (``--attn-dp-size``) is planned for, except for ``llama``, ``mistral`` and ``qwen2``, which SGLang cannot serve with
+    it (docs/gpu.md)."""
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Name of the environment variable with the servers' API key. If it is unset, servers that the run starts get a
     random key."""

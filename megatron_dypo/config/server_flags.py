@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dypo.config.unsafe_flags import UNSAFE_FLAGS
+
 _OWN_FLAGS = {
     "--model-path": "model.hf_path",
     "--model": "model.hf_path",
@@ -44,7 +46,7 @@ REPLICAS = ("--dp-size", "--data-parallel-size")
 """Names of the flag for the number of replicas; with :data:`SPREAD_ATTENTION`, of copies of attention."""
 SPREAD_ATTENTION = "--enable-dp-attention"
 
-_WHOLE_FLAGS = ("--ep",)
+_WHOLE_FLAGS = ("--ep", "--ssl-keyfile")
 """Flags of SGLang that other flags begin with."""
 
 PLANNED = ("p2p", "local")
@@ -137,14 +139,19 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 def require_free_flags(extra_args: Sequence[str]) -> None:
-    """Require SGLang's arguments to repeat no flag that the run sets. Shortened flags count too, since argparse accepts
-    them."""
+    """Require SGLang's arguments to repeat no flag that the run sets, and to name none of :data:`UNSAFE_FLAGS`.
+
+    Shortened flags count too, since argparse accepts them. An error does not show the value.
+    """
     for flag, _ in _flags(extra_args):
         own = [name for name in _OWN_FLAGS if _means(flag, name)]
         if own:
             key = _OWN_FLAGS[own[0]]
             advice = f"use {key} instead" if key else "leave it out, the run sets it"
             raise ValueError(f"extra_args={flag!r}: {advice}")
+        for name, reason in UNSAFE_FLAGS.items():
+            if _means(flag, name):
+                raise ValueError(f"extra_args={flag!r}: {reason}")
 
 
 def require_refittable(extra_args: Sequence[str], transport: str) -> None:

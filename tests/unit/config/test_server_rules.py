@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.config.server_flags import ROUTES_FLAG, ROUTES_SETTING, SETTINGS
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.unsafe_flags import UNSAFE_FLAGS
 
 REQUIRED = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 
@@ -170,6 +173,64 @@ def test_a_flag_that_the_run_sets_is_refused_with_the_key_to_use(argument: str, 
     with pytest.raises(ValueError, match=rf"extra_args='--[a-z-]+': .*{advice}") as caught:
         ServersConfig(extra_args=("--enable-metrics", argument, "x"))
     assert "s3cret" not in str(caught.value)
+
+
+UNSAFE = [
+    (("--admin-api-key", "s3cret"), "ps` and config.yaml would show it"),
+    (("--admin-api-key=s3cret",), r"rollout\.servers\.api_key_env"),
+    (("--admin s3cret",), "would show it"),
+    (("--ssl-keyfile-password", "s3cret"), "would show it"),
+    (("--grpc-mode",), "asks for no key"),
+    (("--smg-grpc",), "asks for no key"),
+    (("--grpc-port=50051",), "asks for no key"),
+    (("--kv-events-config", '{"publisher":"zmq","endpoint":"tcp://*:5557"}'), "asks for no key"),
+    (("--kv-events",), "asks for no key"),
+    (("--load-publish-endpoint=tcp://*:5558",), "asks for no key"),
+    (("--gated-launch-port", "9"), "asks for no key"),
+    (("--tokenizer-worker-num", "4"), r"rollout\.servers\.per_node"),
+    (("--enable-http2",), "WebSockets"),
+    (("--disaggregation-mode", "prefill"), "asks for no key"),
+    (("--trust-remote-code",), "code of the model folder"),
+    (("--trust-rem",), "code of the model folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), UNSAFE)
+def test_a_flag_that_shows_a_secret_or_opens_a_socket_is_refused_with_the_reason(
+    arguments: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        ServersConfig(extra_args=("--enable-metrics", *arguments))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_flags_that_are_the_beginning_of_a_refused_one_may_be_set() -> None:
+    ServersConfig(extra_args=("--ssl-keyfile", "key.pem", "--ep", "2", "--enable-metrics"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+def test_every_flag_of_sglang_that_names_a_port_or_an_endpoint_is_known() -> None:
+    """A new SGLang may have new sockets."""
+    code = """
+import argparse
+import megatron_dypo.rollout.server.sglang_cpu
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+print(*(name for action in parser._actions for name in action.option_strings))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    words = re.compile(r"-(port|endpoints?|password|api-key)$|grpc-mode$")
+    found = {flag for flag in done.stdout.split() if words.search(flag)}
+    assert len(found) > 12
+    harmless = {
+        "--port",  # the run's own
+        "--api-key",
+        "--nccl-port",  # of the server's own ranks: docs/security.md
+        "--otlp-traces-endpoint",  # the server connects to it
+        "--remote-instance-weight-loader-seed-instance-service-port",
+    }
+    assert found - harmless <= set(UNSAFE_FLAGS)
 
 
 UNSERVED = [
