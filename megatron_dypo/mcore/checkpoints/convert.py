@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_dypo.checks import require
 from megatron_dypo.fs import new_folder
-from megatron_dypo.mcore.checkpoints.manifest import list_files, record_files, write_manifest
-from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader
+from megatron_dypo.mcore.checkpoints.manifest import Block, list_files, record_files, write_manifest
+from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, weights_folder
 from megatron_dypo.mcore.checkpoints.torch_dist_writer import MCoreWriter, StoredChunk
-from megatron_dypo.mcore.checkpoints.verify import find_damage_of_weights
+from megatron_dypo.mcore.checkpoints.verify import find_damage_of_weights, is_small
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.carried import find_carried, keep_carried, write_carried
@@ -113,7 +113,10 @@ def mcore_to_hf(
         ValueError: a tensor is missing, unknown or misshapen; a file is not as the manifest says; there is no
             reference; or ``hf_path`` is not vacant. Nothing is written then.
     """
-    reader = MCoreReader(mcore_path)
+    weights = weights_folder(mcore_path)
+    if verify:
+        _require_as_written(weights, is_small)  # before anything parses them
+    reader = MCoreReader(weights)
     reference = _reference(reader, hf_reference)
     arch = load_architecture(reference)
     require_quantizable(arch, quantization)
@@ -124,8 +127,8 @@ def mcore_to_hf(
         f"must be from 1 to num_hidden_layers={arch.num_layers}",
     )
     reader.check_complete(arch)
-    if verify and (damage := find_damage_of_weights(reader.path, wanted=reader.reads)):
-        raise ValueError(damage)
+    if verify:
+        _require_as_written(weights, lambda block: not is_small(block) and reader.reads(block))
     carried = find_carried(reference, arch)
     parts = {
         stem: (rows, quantized_specs(_specs(rows, reader, arch), quantization))
@@ -142,6 +145,11 @@ def mcore_to_hf(
             write_parts(folder, stem, specs, tensors, bar, max_file_bytes)
         write_carried(folder, carried, max_file_bytes=max_file_bytes, shows=show_progress)
         finish_hf_folder(folder, reference, quantization_config(arch, quantization))
+
+
+def _require_as_written(weights: Path, wanted: Callable[[Block], bool]) -> None:
+    if damage := find_damage_of_weights(weights, wanted=wanted):
+        raise ValueError(damage)
 
 
 def _specs(rows: list[Row], reader: MCoreReader, arch: Architecture) -> list[TensorSpec]:

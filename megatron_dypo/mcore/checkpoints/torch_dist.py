@@ -22,11 +22,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_dypo.mcore.checkpoints.manifest import BLOCK_BYTES, Block
 from megatron_dypo.mcore.compat.checkpoint_files import file_view
-from megatron_dypo.mcore.compat.restricted_pickle import DAMAGED, load_metadata, reason
+from megatron_dypo.mcore.compat.plain_pickle import DAMAGED
+from megatron_dypo.mcore.compat.restricted_pickle import load_metadata, reason
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, stacked_shape, stored_key
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.json_file import refuse_lfs_pointer
+from megatron_dypo.models.hf.read import DTYPES
 
 HF_FOLDER = "hf"
 """Folder inside a converted checkpoint that keeps configuration and tokenizer."""
@@ -52,10 +54,7 @@ class MCoreReader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        folders = [folder for folder in (Path(path), Path(path) / WEIGHTS_FOLDER) if (folder / ".metadata").is_file()]
-        if not folders:
-            raise ValueError(f"{path}: no .metadata file; a folder of a torch_dist checkpoint is needed")
-        self.path = folders[0]
+        self.path = weights_folder(path)
         """Folder of the tensors."""
         self.is_of_run = (self.path.parent / RUN_STATE).is_file()
         """Whether a training run wrote it. Then each pipeline stage wrote its own files."""
@@ -94,7 +93,7 @@ class MCoreReader:
         """Compare the checkpoint with the family's table: no tensor may be missing, unknown or misshapen.
 
         Raises:
-            ValueError: the message names every wrong tensor, also those with missing chunks.
+            ValueError: the message names every wrong tensor, also those whose files are missing.
         """
         expected = {}
         for row in family_rows(arch):
@@ -107,8 +106,8 @@ class MCoreReader:
                 problems.append(f"tensor {key}: no rule of family {arch.family!r} matches it")
             elif not _same_but_for_padding(tuple(whole.size), expected[key], arch):
                 problems.append(f"tensor {key} has shape {tuple(whole.size)}, config.json needs {expected[key]}")
-            elif sum(chunk.sizes.numel() for chunk in whole.chunks) != whole.size.numel():
-                problems.append(f"tensor {key}: some of its chunks are missing")
+            elif whole.properties.dtype not in DTYPES.values():
+                problems.append(f"tensor {key} has type {whole.properties.dtype}: must be one of {', '.join(DTYPES)}")
             problems += self._missing_files(key, whole)
         if problems:
             raise ValueError(f"{self.path}: " + "; ".join(problems))
@@ -148,16 +147,29 @@ class MCoreReader:
         return outputs
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """Read a chunk. Raises ValueError if the file holds anything but what ``.metadata`` says."""
         info = self._where[MetadataIndex(key, chunk.offsets)]
         file = self.path / info.relative_path
         refuse_lfs_pointer(file, _beginning(file))
         with file.open("rb") as stream:
             view = file_view(stream, info.offset, info.length)
             try:
-                chunk_values: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+                values: Any = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, *DAMAGED) as error:
                 raise ValueError(f"{file}: damaged at {key}: {reason(error)}") from error
-        return chunk_values
+        dtype = self._wholes[key].properties.dtype
+        if not isinstance(values, Tensor) or (values.shape, values.dtype) != (chunk.sizes, dtype):
+            found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{file}: damaged at {key}: holds {found}, .metadata has {dtype} {tuple(chunk.sizes)}")
+        return values
+
+
+def weights_folder(path: str | Path) -> Path:
+    """Return the folder of the tensors: ``path``, or ``mcore`` in it. Raises ValueError if neither has a checkpoint."""
+    for folder in (Path(path), Path(path) / WEIGHTS_FOLDER):
+        if (folder / ".metadata").is_file():
+            return folder
+    raise ValueError(f"{path}: no .metadata file; a folder of a torch_dist checkpoint is needed")
 
 
 def _beginning(path: Path) -> bytes:

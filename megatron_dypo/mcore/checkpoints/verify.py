@@ -81,7 +81,7 @@ def find_damage(
     if found.damage is not None or not found.has_manifest:
         return found.damage
     if wanted is None:
-        wanted = _is_any if verify == "full" else _is_small
+        wanted = _is_any if verify == "full" else is_small
     own = _damage(lambda: _require_share(checkpoint, wanted, readers, show_progress))
     return next((one for one in readers.gather(own) if one is not None), None)
 
@@ -118,7 +118,8 @@ def _is_any(block: Block) -> bool:
     return True
 
 
-def _is_small(block: Block) -> bool:
+def is_small(block: Block) -> bool:
+    """Tell whether a block is of a file without tensors. Such files are parsed, so they are compared first."""
     return not block.name.endswith(_TENSORS)
 
 

@@ -1,33 +1,25 @@
 """The pickles of a checkpoint, read without running code from it.
 
 ``.metadata`` of a ``torch.distributed.checkpoint`` is a pickle, and so are the states that Transformer Engine stores
-for FP8. An unpickler calls whatever a pickle names; these know only the classes that such files have.
+for FP8. An unpickler calls whatever a pickle names; these know only the names that such files have, and call none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
+import importlib
 import inspect
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_dypo.mcore.compat.private_name import PrivateName
+from megatron_dypo.mcore.compat.checkpoint_metadata import DTYPES, as_metadata
+from megatron_dypo.mcore.compat.plain_pickle import DAMAGED, Name, PlainUnpickler
 from megatron_dypo.parallel.environment import with_variables
-
-LAYOUT = PrivateName(
-    package="torch",
-    module="torch.serialization",
-    name="_get_layout",
-    source="pytorch/pytorch v2.13.0 torch/serialization.py:1641",
-    oldest="2.0",
-    takes=("name",),
-)
-"""Looks a tensor layout up by its name. Its name stands in ``.metadata``."""
 
 _METADATA = {
     "torch": {"Size"},
@@ -68,52 +60,40 @@ _TE_PERMISSION = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _TE_RECIPES = "transformer_engine.common.recipe"
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
 """Beginnings of lines of torch's message."""
-# Errors of an unpickler on damaged bytes.
-DAMAGED = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 
-class _Unpickler(pickle.Unpickler):
-    allowed: dict[str, set[str]]
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.allowed.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refused, since it would run code: it asks for {module}.{name}")
+class _MetadataUnpickler(PlainUnpickler):
+    def knows(self, name: Name) -> bool:
+        return name in DTYPES or name.name in _METADATA.get(name.module, ())
 
 
-class _MetadataUnpickler(_Unpickler):
-    allowed = _METADATA
+class _StateUnpickler(PlainUnpickler):
+    """Reads a pickle that Transformer Engine will unpickle after it, by an unpickler that refuses nothing."""
+
+    def knows(self, name: Name) -> bool:
+        is_known = name.name in _TE_STATE.get(name.module, ()) or (name.module, name.name) in _LOADERS
+        return is_known or name in DTYPES or _recipe(name) is not None
+
+    def make(self, name: Name, args: tuple[Any, ...], *, is_new: bool) -> object:
+        if (name.module, name.name) in _LOADERS:
+            _check_storage(*args)
+        recipe = _recipe(name)
+        # The members of an enumeration are shared, so the pickle must not change them as if they were new.
+        is_shared = recipe is not None and issubclass(recipe, enum.Enum)
+        return super().make(name, args, is_new=is_new and not is_shared)
 
 
-class _StateUnpickler(_Unpickler):
-    allowed = _TE_STATE
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _LOADERS:
-            return _load_storage
-        if module == _TE_RECIPES and "." not in name:
-            found = pickle.Unpickler.find_class(self, module, name)
-            if inspect.isclass(found) and found.__module__ == _TE_RECIPES:
-                return found
-        return super().find_class(module, name)
+def _recipe(name: Name) -> type | None:
+    """Return the class of a recipe of Transformer Engine; None if the name is none."""
+    if name.module != _TE_RECIPES or "." in name.name:
+        return None
+    found = getattr(importlib.import_module(_TE_RECIPES), name.name)
+    return found if inspect.isclass(found) and found.__module__ == _TE_RECIPES else None
 
 
-def _load_storage(content: bytes) -> Any:
+def _check_storage(content: bytes) -> None:
     """Read the storage of a tensor inside a pickle as torch's own function does, but without code."""
-    return torch.load(io.BytesIO(content), weights_only=True)
+    torch.load(io.BytesIO(content), weights_only=True)
 
 
 def reason(error: Exception) -> str:
@@ -126,21 +106,15 @@ def load_metadata(path: Path) -> Metadata:
     """Read a checkpoint's ``.metadata``.
 
     Raises:
-        ValueError: it is damaged, or asks for anything but the classes of such a file. Nothing of it has run.
+        ValueError: it is damaged or incomplete, or asks for anything but the classes of such a file. Nothing of it has
+            run or changed anything.
     """
     try:
-        with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        return as_metadata(_MetadataUnpickler(path.read_bytes()).load())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except DAMAGED as error:
         raise ValueError(f"{path}: damaged: {reason(error)}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{path}: damaged: holds no metadata of a checkpoint")
-    outside = [name for name in {info.relative_path for info in metadata.storage_data.values()} if "/" in name]
-    if outside:
-        raise ValueError(f"{path}: refused: it names a file outside of its folder, {outside[0]}")
-    return metadata
 
 
 def require_plain_state(name: str, state: object) -> None:
@@ -151,11 +125,11 @@ def require_plain_state(name: str, state: object) -> None:
     """
     try:
         if isinstance(state, torch.Tensor) and state.numel() > 0:
-            _StateUnpickler(io.BytesIO(state.detach().cpu().numpy().tobytes())).load()
+            _StateUnpickler(state.detach().cpu().numpy().tobytes()).load()
         elif isinstance(state, io.BytesIO):
             torch.load(state, weights_only=True)
             state.seek(0)
-    except DAMAGED as error:
+    except (RuntimeError, *DAMAGED) as error:
         raise ValueError(f"{name}: {reason(error)}") from error
 
 

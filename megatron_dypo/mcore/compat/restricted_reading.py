@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 
 from megatron_dypo.mcore.compat.checkpoint_files import file_view
 from megatron_dypo.mcore.compat.core_version import CORE
+from megatron_dypo.mcore.compat.plain_pickle import DAMAGED
 from megatron_dypo.mcore.compat.private_name import PrivateName
-from megatron_dypo.mcore.compat.restricted_pickle import DAMAGED, reason
+from megatron_dypo.mcore.compat.restricted_pickle import reason
 
 GET_READER = PrivateName(
     package="megatron-core",

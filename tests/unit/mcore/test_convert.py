@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.manifest import MANIFEST
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
@@ -158,6 +159,7 @@ def test_a_bad_mcore_tensor_is_named_and_nothing_is_written(case, tmp_path):
     convert(source, tmp_path / "mcore")
     config = tmp_path / "mcore" / "hf" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | claimed))
+    (tmp_path / "mcore" / MANIFEST).unlink()
     with pytest.raises(ValueError, match=message):
         back(tmp_path / "mcore", tmp_path / "hf")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mcore", "source"]
@@ -166,6 +168,9 @@ def test_a_bad_mcore_tensor_is_named_and_nothing_is_written(case, tmp_path):
 def test_a_checkpoint_that_lacks_a_file_names_it(models, tmp_path):
     convert(models["llama"], tmp_path / "mcore", 2, 2)
     (tmp_path / "mcore" / "__2_0.distcp").unlink()
+    with pytest.raises(ValueError, match=r"mcore/__2_0\.distcp: is missing"):
+        back(tmp_path / "mcore", tmp_path / "hf")
+    (tmp_path / "mcore" / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"file __2_0\.distcp, which holds \S+, is missing"):
         back(tmp_path / "mcore", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
