@@ -7,7 +7,8 @@ run is done or the hours are over; then the run is asked to stop. With --slurm t
 starts its trainer again itself, in place or after a requeue. It prints whether steps, books, versions, queues and
 log-probs of both runs obeyed their laws in every step, whether processes grew or were left behind, whether the run
 named each checkpoint that was damaged and read, whether the accuracy equals that of the calm run at the last step at
-which both were evaluated, and how much of the time was training. All of it is in OUT/soak.json.
+which both were evaluated, and how much of the time was training. All of it is in OUT/soak.json; what the processes
+used, every two seconds, is in OUT/samples_calm.jsonl and OUT/samples_faults.jsonl.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ def main(
         run(FAULTS, faults)
     result = judge(folders, stories, max_gap=max_gap, max_growth=max_growth, max_more=max_more)
     (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, story in stories.items():
+        lines = (json.dumps(asdict(sample)) for sample in story.samples)
+        (out / f"samples_{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _show(result, Counter(event.kind for event in stories[FAULTS].events))
     if result["broken"]:
         raise typer.Exit(1)

@@ -119,25 +119,31 @@ was left behind; the largest growth was 0.3% of memory (a rank), with no more de
 400 held-out additions were right, without faults 97.0% [94.8, 98.3]. Goodput was 45%, with a fault every 52 s: 16% of the time went into
 starts, 15% into steps that were made again, 18% into the pauses between starts.
 
-On a Slurm of one host (27 November 2026, commit b5a87f82, beside other work), as one job of a trainer node with two
-ranks and a rollout node:
+On a Slurm of one host (28 November 2026, commit f9609749, 2 cores with tests and benchmarks beside it), as a job of a trainer node with
+two ranks and a rollout node:
 
     GPUS_PER_NODE=2 ROLLOUT_NODES=1 VENV=$PWD/.venv python tools/soak.py examples/quickstart/dypo.yaml run.steps=20000 \\
-      optimizer.lr=4.0e-5 eval.every=50 checkpoint.every=10 --hours 0.45 --faults 27 --together --slurm "--nodes=2 --gpus-per-node=2"
+      optimizer.lr=4.0e-5 eval.every=50 checkpoint.every=10 --hours 2 --faults 220 --together --slurm "--nodes=2 --gpus-per-node=2"
 
 | fault | times | training again after, median and longest, s |
 |---|---|---|
-| the job is told that its time is over (SIGUSR1), and is requeued | 4 | 40, 90 |
-| a bit of the newest checkpoint flips, then a rank is killed | 2 | 25, 25 |
-| a rank is killed | 3 | 32, 37 |
-| a verifier is killed | 4 | 1, 2 |
-| the launcher is killed | 3 | 28, 33 |
-| a server is stopped for 3 to 20 s | 1 | 15, 15 |
+| the job is told that its time is over (SIGUSR1), and is requeued | 23 | 134, 309 |
+| a bit of the newest checkpoint flips, then a rank is killed | 8 | 161, 288 |
+| a rank is killed | 22 | 98, 273 |
+| a server is killed | 17 | 73, 265 |
+| a verifier is killed | 16 | 5, 27 |
+| the launcher is killed | 16 | 72, 279 |
+| a rank is stopped for 3 to 20 s | 18 | 15, 145 |
+| a server is stopped for 3 to 20 s | 22 | 27, 235 |
 
-17 faults in 1,601 s: the job was never submitted again, and every law held. The largest growth was 1.9% of memory (a rank; it lived for some
-minutes). At step 400 85.8% [82.0, 88.8] of the additions were right, without faults 85.8%. Goodput was 59%, with a fault every 94 s.
-A later one of half an hour found that a rank which is killed while the trainer saves on request ended the job; since then the job is requeued
-(`tests/unit/slurm/test_slurm_ends.py`).
+142 faults in 7,170 s, one every 50 s, where a start took a minute or two beside the other work. So four starts in a row were killed before they
+made a step; the job then ended, as it must (`MAX_RESTARTS`), and was submitted once more. No process was left behind, the books and
+versions of every step were right, and the run named all 8 flipped bits. At step 200 67.0% [62.2, 71.4] of 400 held-out additions were
+right, without faults 69.8%. Goodput was 22%.
+
+**One law was called broken**: rank 0 had 22 descriptors more. Of 64 processes of rank 0 the only one that lived long enough to be measured
+was without its server, and so without connections, for 42 of the 90 s of its earlier half. Without faults it had no more after 7,191 s (memory
++0.8%). The law now asks that the median grew too; this soak has not been repeated since, nor with the changes that came after its commit.
 """
 
 

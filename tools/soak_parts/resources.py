@@ -108,8 +108,9 @@ def _growth_of(lives: Sequence[Sequence[Sample]]) -> Growth:
 def _growth_of_one(life: Sequence[Sample], resource: str) -> float | None:
     """Compare two halves of a life, without the time in which it settles or its first third, whichever is longer.
 
-    The median memory of each half counts, and its least numbers of descriptors and threads: those of requests come and
-    go. Return None if the life was too short.
+    The median memory of each half counts. Numbers of descriptors and threads grow by as much as both the least and the
+    median of a half do: requests that come and go do not change the least, and a server that is gone for a while, with
+    its connections, does not change the median. Return None if the life was too short.
     """
     born, long_s = life[-1].born, life[-1].time - life[-1].born
     settles_s = settling_time(life[-1].role, resource)
@@ -121,7 +122,7 @@ def _growth_of_one(life: Sequence[Sample], resource: str) -> float | None:
         return None
     if resource == "rss":
         return float(statistics.median(second) / statistics.median(first) - 1)
-    return float(min(second) - min(first))
+    return float(min(min(second) - min(first), statistics.median(second) - statistics.median(first)))
 
 
 def settling_time(role: str, resource: str) -> float:

@@ -79,6 +79,11 @@ def test_work_that_comes_and_goes_is_no_growth() -> None:
     assert measure_growth(life([100] * 601, descriptors=busy))["rank 0"].middle["descriptors"] == 0
 
 
+def test_the_connections_that_come_back_with_a_server_are_no_growth() -> None:
+    outage = [10 + 22 * (not 250 <= n < 300) for n in range(601)]
+    assert measure_growth(life([100] * 601, descriptors=outage))["rank 0"].middle["descriptors"] == 0
+
+
 def test_a_life_that_was_too_short_or_seldom_sampled_is_not_measured() -> None:
     whole = life(in_seconds(2 * SETTLED_S, 100, 900, 200.0), role="server")
     found = measure_growth(whole[:-1])["server"]
