@@ -83,7 +83,8 @@ def test_an_import_against_a_contract_breaks_it(contract, room, line, tmp_path):
     server = package / "rollout" / "server"
     server.mkdir()
     (server / "__init__.py").touch()
-    (server / "sglang_cpu.py").write_text("import sglang\n")
+    for launcher in ("sglang_cpu", "sglang_keyed"):
+        (server / f"{launcher}.py").write_text("import sglang\n")
     shutil.copy(ROOT / "setup.cfg", tmp_path)
     before = lint(tmp_path, contract)
     assert before.returncode == 0, before.stdout

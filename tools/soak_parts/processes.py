@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-_SERVERS = ("sglang_cpu.py", "sglang.launch_server")
+_SERVERS = ("sglang_cpu.py", "sglang_keyed.py")
 _GUARD, _VERIFIER, _COMMAND = "megatron_dypo.processes.guard", "megatron_dypo.grading.workers", "megatron_dypo.cli"
 _LAUNCHER = "megatron_dypo.launch.torchrun"
 

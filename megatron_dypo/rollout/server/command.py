@@ -20,7 +20,7 @@ from megatron_dypo.rollout.proxies import direct_hosts
 
 WEIGHT_LOADER = "megatron_dypo.refit.receiver.load"
 """The function that servers import to receive planned refits."""
-_CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
+_LAUNCHER, _CPU_LAUNCHER = (Path(__file__).with_name(name) for name in ("sglang_keyed.py", "sglang_cpu.py"))
 _CPU_MAX_TOTAL_TOKENS = 20_000
 _MAX_TMPDIR = 60
 _DTYPES = ("float32", "bfloat16")
@@ -112,7 +112,7 @@ def server_command(
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
     on_cpu = device == "cpu"
     python = cfg.python or sys.executable
-    command = [python, str(_CPU_LAUNCHER)] if on_cpu else [python, "-m", "sglang.launch_server"]
+    command = [python, str(_CPU_LAUNCHER if on_cpu else _LAUNCHER)]
     command += ["--config", str(key_file), "--model-path", str(model_path), "--host", listening_address(cfg.host)[1]]
     command += ["--port", str(port)]
     command += ["--dtype", dtype, "--tp-size", str(cfg.tensor_parallel), "--random-seed", str(seed + index)]

@@ -19,6 +19,7 @@ the others' (``layers/attention/torch_native_backend.py``).
 import gc
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -204,6 +205,17 @@ def _attend_with_sinks(
     return weights.to(value.dtype) @ value
 
 
+def _require_key_everywhere() -> None:
+    """Do as the launcher beside this one, which is no module on the path."""
+    path = Path(__file__).with_name("sglang_keyed.py")
+    spec = importlib.util.spec_from_file_location("sglang_keyed", path)
+    assert spec is not None
+    assert spec.loader is not None
+    keyed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(keyed)
+    keyed.require_key_everywhere()
+
+
 _stub_kernels()
 _stub_torchvision()
 
@@ -222,6 +234,7 @@ def main() -> None:
     _serve_latent_attention()
     _serve_sinks()
     _serve_padded_batches()
+    _require_key_everywhere()
     gc.freeze()
     gc.enable()
     try:

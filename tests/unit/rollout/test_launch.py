@@ -58,7 +58,8 @@ def test_on_a_cpu_the_launcher_runs_by_path_under_the_servers_interpreter() -> N
 
 def test_on_an_accelerator_stock_sglang_runs_and_servers_share_out_the_gpus() -> None:
     arguments = command("gpu", index=2, tensor_parallel=4, base_gpu=8, mem_fraction=0.7, dtype="bfloat16")
-    assert arguments[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    assert arguments[0] == sys.executable
+    assert Path(arguments[1]).name == "sglang_keyed.py"
     assert value(arguments, "--base-gpu-id") == "16"
     assert value(arguments, "--tp-size") == "4"
     assert value(arguments, "--mem-fraction-static") == "0.7"
@@ -227,9 +228,10 @@ def test_a_host_that_is_no_address_of_this_machine_is_named_and_not_taken_for_bu
         lease_port("192.0.2.1", 32100)
 
 
-def test_the_launcher_imports_nothing_of_this_package() -> None:
+@pytest.mark.parametrize("name", ["sglang_cpu.py", "sglang_keyed.py"])
+def test_a_launcher_imports_nothing_of_this_package(name: str) -> None:
     """Its interpreter may have SGLang but not this package."""
-    launcher = Path(command_module.__file__).with_name("sglang_cpu.py")
+    launcher = Path(command_module.__file__).with_name(name)
     code = f"import runpy, sys; runpy.run_path({str(launcher)!r}); print('megatron_dypo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "False"
@@ -258,7 +260,14 @@ def say_whether_it_was():
 """,
     "srt/entrypoints/http_server.py": "",
     "srt/server_args.py": "prepare_server_args = list",
-    "srt/utils.py": "def kill_process_tree(pid, include_parent): pass",
+    "srt/utils/__init__.py": "def kill_process_tree(pid, include_parent): pass",
+    "srt/utils/auth.py": """
+def decide_request_auth(**asked):
+    return asked
+
+def add_api_key_middleware(app, **keys):
+    app.add_middleware(None)
+""",
 }
 """A package with SGLang's names, whose server starts one process and ends with it."""
 
@@ -272,6 +281,53 @@ def test_a_server_on_a_cpu_imports_sglang_once_for_all_of_its_processes(tmp_path
     command = [sys.executable, str(launcher)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "True"
+
+
+STOCK_SGLANG = {
+    "__init__.py": "",
+    "srt/__init__.py": "",
+    "srt/utils/__init__.py": "",
+    "srt/utils/auth.py": FORKING_SGLANG["srt/utils/auth.py"],
+    "launch_server.py": """
+import multiprocessing
+import sys
+
+def say(text):
+    print(text, *sys.argv[1:], sys.path[0], flush=True)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn", force=True)
+    say("server")
+    child = multiprocessing.Process(target=say, args=("child",))
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+""",
+}
+"""A package whose server spawns a process that runs a function of the server's own module."""
+
+
+def test_on_an_accelerator_sglang_runs_as_it_does_by_itself(tmp_path: Path) -> None:
+    for name, text in STOCK_SGLANG.items():
+        (tmp_path / "sglang" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sglang" / name).write_text(text)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    launcher = Path(command_module.__file__).with_name("sglang_keyed.py")
+    said = [
+        subprocess.run(
+            [sys.executable, *how, "--port", "9"],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for how in ([str(launcher)], ["-m", "sglang.launch_server"])
+    ]
+    assert said[0] == said[1]
+    assert said[0].split()[0] == "server"
+    assert "child --port 9" in said[0]
 
 
 def test_the_sockets_of_a_server_have_short_addresses() -> None:
