@@ -13,10 +13,11 @@ rank that reads, so a step of the time of day changes nothing:
    warns of the ranks that give no sign of life, else of those for which the others wait. Each rank then writes the
    stacks of its own threads to its log.
 
-A main thread moves when it calls :func:`mark`, or when its stack changes between two looks. So a rank that waits for
-others does not move, but is not blamed as long as any rank moves. Rules 2 and 3 apply after the first mark, since
-servers may take long to start. As long as a usual time is not known, the warning comes when no rank has moved for half
-of ``run.watchdog_s``. A thread that was itself stopped excuses the others for that time.
+A main thread moves when it calls :func:`mark`, when work is counted on a bar (:mod:`~megatron_dypo.metrics.progress`),
+or when its stack changes between two looks. So a rank that waits for others does not move, but is not blamed as long
+as any rank moves. Rules 2 and 3 apply after the first mark. As long as a usual time is not known, rule 3's warning
+comes when no rank has moved for half of ``run.watchdog_s``. A thread that was itself stopped excuses the others for
+that time.
 
 If a run has ended with an error, its remaining ranks end too, also on a node whose launcher has not noticed.
 """
@@ -35,6 +36,7 @@ from typing import Protocol
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.logs import write_stacks
+from megatron_dypo.metrics.progress import updates_of_bars
 from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes.heartbeats import (
     FOLDER,
@@ -185,7 +187,7 @@ class Watchdog:
 
     def _own(self, now: float) -> Heartbeat:
         frame = sys._current_frames().get(self._main or 0)
-        look = (WORK.marks, *stack_signature(frame))
+        look = (WORK.marks, updates_of_bars(), *stack_signature(frame))
         if look != self._last_look:
             self._last_look, self._moved_at = look, now
         self._beats += 1

@@ -64,7 +64,8 @@ in the log as well. A line `stall over: …` follows when the rank goes on.
 
 After `run.watchdog_s` (1800; 0: never, and no warnings) without a sign of life from a rank, or in which no rank moves, the run ends with
 76, to be started again. The message names the rank, its host and process, and what it was doing; the stacks of all its threads are in the
-ranks' logs. Waiting for other ranks, or for rollouts that come one by one, is no hang. Only monotonic clocks count, so a step of the time of
+ranks' logs. Waiting for other ranks, for servers that start within their
+deadline, or for rollouts that come one by one, is no hang; nor is work that is counted on a bar, such as checks of data and checkpoints. Only monotonic clocks count, so a step of the time of
 day fires nothing. Neither does the suspension of the whole job (`scontrol suspend`): the watchdog leaves that time out, and so do the
 deadlines of requests, of refits and of servers that start. Requests that were open are made again.
 Collectives have torch's own clock: if one was open, a suspension of more than half an hour may end the run, to be started again.
