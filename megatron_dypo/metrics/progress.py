@@ -20,6 +20,24 @@ class Progress(Protocol):
         """Count ``n`` more units as done."""
 
 
+class _Counted:
+    """Passes the units on to a bar, and counts the updates of all bars of this process."""
+
+    updates = 0
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def update(self, n: float | None = 1) -> None:
+        _Counted.updates += 1
+        self._bar.update(n)
+
+
+def updates_of_bars() -> int:
+    """Return how often work of this process was counted, on any bar, shown or not: while it grows, the work goes on."""
+    return _Counted.updates
+
+
 class _Lines:
     """Writes ``desc: 12/64 prompts, 3.1/s`` to a stream that is no terminal, at most once in ``every_s`` seconds.
 
@@ -80,13 +98,13 @@ def progress(
     """
     stream = stream if stream is not None else sys.stderr
     if not enabled:
-        yield _Silent()
+        yield _Counted(_Silent())
     elif stream.isatty():
         with tqdm(total=total, desc=desc, unit=f" {unit}", file=stream, leave=False, dynamic_ncols=True) as bar:
-            yield bar
+            yield _Counted(bar)
     else:
         lines = _Lines(total, desc, unit, stream, every_s)
         try:
-            yield lines
+            yield _Counted(lines)
         finally:
             lines.close()

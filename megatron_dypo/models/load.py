@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.hf.read import HFReader, warn_once
@@ -35,8 +36,10 @@ def load_hf_weights(
         shape = row.rule.mcore_shape(arch, size)
         if tuple(param.shape) != shape:
             raise ValueError(f"{row.mcore}: the model holds {tuple(param.shape)}, {axis}_parallel={size} needs {shape}")
-    for param, row in matched:
-        rank, size = position.shard(is_expert=row.is_expert)
-        param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, rank, size))
-        if not torch.isfinite(param).all():
-            warn_once(f"{reader.path}: {', '.join(row.hf)}: not every weight is a finite number")
+    with progress(len(matched), "initial weights", "tensors", enabled=False) as bar:
+        for param, row in matched:
+            rank, size = position.shard(is_expert=row.is_expert)
+            param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, rank, size))
+            if not torch.isfinite(param).all():
+                warn_once(f"{reader.path}: {', '.join(row.hf)}: not every weight is a finite number")
+            bar.update(1)  # a sign of life for the watchdog

@@ -21,6 +21,11 @@ _VARYING_MULTIPLE = 1.5
 """Times the second longest of recent steps, one of which may have stalled: a part whose time varies is no stall."""
 SLACK_S = 25.0
 """Seconds beyond the multiple of a usual time. With three looks of the watchdog it is less than a minute."""
+SILENCE_S = 40.0
+"""Shortest silence of another rank that is a stall. It is longer than the stop of a whole job that its ranks do not
+notice themselves (three looks of the watchdog), and one look."""
+STARTING = "starting"
+"""The part before the first one that is marked. Imports may keep a rank's threads, and so its heartbeat, waiting."""
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Pace:
     A part's time is its sum within a step, since a step may come back to a part (as rollouts and a teacher alternate).
     """
 
-    part: str = "starting"
+    part: str = STARTING
     steps: int = 0
     """Steps begun."""
     _begun_at: float | None = None
@@ -82,9 +87,12 @@ class Pace:
         return min(max(_MULTIPLE * usual, _VARYING_MULTIPLE * times[-2]) + SLACK_S, latest_s)
 
     def silence_limit_s(self, latest_s: float) -> float:
-        """Return the time without a sign of life beyond which another rank stalls; see :meth:`part_limit_s`."""
-        usual = self.usual_step_s()
-        return latest_s if usual is None else min(_MULTIPLE * usual + SLACK_S, latest_s)
+        """Return the time without a sign of life beyond which another rank stalls, at most ``latest_s``.
+
+        Heartbeats come from a thread of their own, so that it needs no usual time. Of long steps it is a multiple: what
+        they write may keep the file system of the heartbeats busy.
+        """
+        return min(max(_MULTIPLE * (self.usual_step_s() or 0.0) + SLACK_S, SILENCE_S), latest_s)
 
 
 def _usual(times: Sequence[float]) -> float | None:

@@ -5,18 +5,20 @@ thread (:func:`mark`), its stack, and how long it has not moved. The rules compa
 rank that reads, so a step of the time of day changes nothing:
 
 1. Each rank reads the heartbeat of the next rank (the last reads the first's). If it does not change, the process is
-   stopped or its host is gone. There is a warning after three usual steps and :data:`.pace.SLACK_S`, and the run ends
-   after ``run.watchdog_s``.
+   stopped or its host is gone. There is a warning after :data:`.pace.SILENCE_S`, or after three usual steps and
+   :data:`.pace.SLACK_S` if that is longer, and the run ends after ``run.watchdog_s``. A rank that still imports may be
+   silent for :data:`START_S`.
 2. If the main thread of the first rank has not moved for ``run.watchdog_s``, it reads all heartbeats. If no rank has
    moved, they all wait for a rank that hangs: the one that is not in a collective. The run ends.
 3. If the first rank's part of a step takes much longer than usual (:mod:`.pace`), it reads all heartbeats twice and
    warns of the ranks that give no sign of life, else of those for which the others wait. Each rank then writes the
    stacks of its own threads to its log.
 
-A main thread moves when it calls :func:`mark`, or when its stack changes between two looks. So a rank that waits for
-others does not move, but is not blamed as long as any rank moves. Rules 2 and 3 apply after the first mark, since
-servers may take long to start. As long as a usual time is not known, the warning comes when no rank has moved for half
-of ``run.watchdog_s``. A thread that was itself stopped excuses the others for that time.
+A main thread moves when it calls :func:`mark`, when work is counted on a bar (:mod:`~megatron_dypo.metrics.progress`),
+or when its stack changes between two looks. So a rank that waits for others does not move, but is not blamed as long
+as any rank moves. Rules 2 and 3 apply after the first mark. As long as a usual time is not known, rule 3's warning
+comes when no rank has moved for half of ``run.watchdog_s``. A thread that was itself stopped excuses the others for
+that time.
 
 If a run has ended with an error, its remaining ranks end too, also on a node whose launcher has not noticed.
 """
@@ -35,6 +37,7 @@ from typing import Protocol
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.logs import write_stacks
+from megatron_dypo.metrics.progress import updates_of_bars
 from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes.heartbeats import (
     FOLDER,
@@ -49,7 +52,7 @@ from megatron_dypo.processes.heartbeats import (
     write_heartbeat,
 )
 from megatron_dypo.processes.identity import own_identity
-from megatron_dypo.processes.pace import Pace
+from megatron_dypo.processes.pace import STARTING, Pace
 from megatron_dypo.processes.stalls import (
     PartWatch,
     forget_stalls,
@@ -65,7 +68,7 @@ _MAX_INTERVAL_S = 10.0
 _GAP = 3.0
 """Looks that a thread may miss. If it misses more, it was stopped itself, or its file system did not answer."""
 START_S = 300.0
-"""Longest time until a rank's first heartbeat."""
+"""Longest time until a rank's first heartbeat, and between two while it imports."""
 _NOT_SHARED = "it did not start, or its node has another file system at run.dir"
 AFTER_END_S = 20.0
 """Longest time for a rank to end on its own after the run has ended with an error."""
@@ -185,7 +188,7 @@ class Watchdog:
 
     def _own(self, now: float) -> Heartbeat:
         frame = sys._current_frames().get(self._main or 0)
-        look = (WORK.marks, *stack_signature(frame))
+        look = (WORK.marks, updates_of_bars(), *stack_signature(frame))
         if look != self._last_look:
             self._last_look, self._moved_at = look, now
         self._beats += 1
@@ -214,6 +217,8 @@ class Watchdog:
 
     def _look_at_next(self, now: float) -> None:
         rank, limit_s = (self._rank + 1) % self._world, WORK.pace.silence_limit_s(self._patience_s / 2)
+        if self._next is not None and self._next.part == STARTING:
+            limit_s = min(START_S, self._patience_s / 2)
         found = self._read(rank)
         silence = now - self._next_seen_at
         if found is not None and (self._next is None or found.beats != self._next.beats or found.is_last):

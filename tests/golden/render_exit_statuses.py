@@ -52,9 +52,10 @@ not touched for 180 s.
 Each rank writes `run.dir/heartbeats/rank_00003.json` every 10 s: what its main thread is at, its stack, and for how long it has not moved.
 
 A run learns how long its steps, and each part of a step, usually take (medians of the last 32 steps, from the third on). A rank without a
-sign of life for three usual steps and 25 s is named at once, in one line of `logs/rank_00000.log` and on the terminal:
+sign of life for 40 s (three usual steps and 25 s, if that is longer; 300 s while it imports) is named at once, from the start of the run on,
+in one line of `logs/rank_00000.log` and on the terminal:
 
-    stall: rank 5 on node01 (process 4711) has given no sign of life for 34 s (a step usually takes 2.1 s); it was updating at step (…) < …
+    stall: rank 5 on node01 (process 4711) has given no sign of life for 45 s (a step usually takes 2.1 s); it was updating at step (…) < …
 
 So is a part of a step that takes three times as long as usual (or 1.5 times as long as the second longest of the last 32), and 25 s: the
 line names the rank that is in no collective, for which the others wait, and each rank writes the stacks of its threads to its own log. A
@@ -64,7 +65,8 @@ in the log as well. A line `stall over: …` follows when the rank goes on.
 
 After `run.watchdog_s` (1800; 0: never, and no warnings) without a sign of life from a rank, or in which no rank moves, the run ends with
 76, to be started again. The message names the rank, its host and process, and what it was doing; the stacks of all its threads are in the
-ranks' logs. Waiting for other ranks, or for rollouts that come one by one, is no hang. Only monotonic clocks count, so a step of the time of
+ranks' logs. Waiting for other ranks, for servers that start within their
+deadline, or for rollouts that come one by one, is no hang; nor is work that is counted on a bar, such as checks of data and checkpoints. Only monotonic clocks count, so a step of the time of
 day fires nothing. Neither does the suspension of the whole job (`scontrol suspend`): the watchdog leaves that time out, and so do the
 deadlines of requests, of refits and of servers that start. Requests that were open are made again.
 Collectives have torch's own clock: if one was open, a suspension of more than half an hour may end the run, to be started again.

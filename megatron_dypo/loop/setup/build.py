@@ -22,7 +22,7 @@ from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.resume import require_known_state, restore_batch
 from megatron_dypo.loop.servers import NoServers
 from megatron_dypo.loop.setup.build_policy import build_policy
-from megatron_dypo.loop.setup.connect import connect, start_in_background
+from megatron_dypo.loop.setup.connect import await_servers, connect, start_in_background
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
@@ -78,9 +78,10 @@ def open_run(config: Config) -> Iterator[Run]:
             starting = start_in_background(config, stack, have_worked=latest is not None)
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
         if base.policy.keeps_reference and config.objective.reference.mode == "frozen" and not config.run.smoke:
+            mark("hashing the reference")
             base = replace(base, reference_files=hash_reference(config.model))
         opened, replica = _open_replica(base)
-        servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
+        servers = connect(base, opened, await_servers(starting)) if with_servers else NoServers()
         teacher = open_teacher(base, opened)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)
@@ -122,7 +123,7 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
             policy=base.policy,
             objective=objective,
             replica=replica,
-            servers=connect(base, opened, starting.result() if starting else None, keeps_journal=False),
+            servers=connect(base, opened, await_servers(starting), keeps_journal=False),
             writer=NoWriter(),
             progress=base.progress,
             timings=base.timings,
@@ -143,6 +144,7 @@ def _profiler(base: Foundation) -> Profiler:
 
 def _open_replica(base: Foundation) -> tuple[OpenedLeader | Follower, Replica]:
     """Open the data of this rank's replica, if it leads one; return what was opened, and the replica."""
+    mark("opening the data")
     leaders = base.policy.layout.leaders_group
     if leaders is None:
         follower = Follower()
@@ -162,8 +164,10 @@ def _lay(
 ) -> Foundation:
     """Build the policy, and restore it from the checkpoint ``latest``."""
     timings, progress, restored = Timings(), Progress(), None
+    mark("building the model")
     policy = build_policy(config, layout, objective, timings=timings)
     if latest is not None:
+        mark("loading the checkpoint")
         restored = policy.load(latest)
         require_known_state(latest, restored.trainer_state)
         found = restored.trainer_state.get("moments") if config.objective.alpha == "auto" else None

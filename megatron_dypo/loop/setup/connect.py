@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
@@ -26,6 +26,7 @@ from megatron_dypo.mcore.routing_replay import route_shape
 from megatron_dypo.parallel import device
 from megatron_dypo.processes.stalls import warn
 from megatron_dypo.processes.stop_requests import STOP
+from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.refit.quantized_servers import refusal
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
@@ -36,6 +37,7 @@ from megatron_dypo.rollout.server.watch import ServerWatch
 from megatron_dypo.types import Tokens
 
 log = logging.getLogger("megatron_dypo")
+_SIGN_OF_LIFE_S = 1.0
 
 
 def start_in_background(
@@ -69,6 +71,21 @@ def start_in_background(
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
     return future
+
+
+def await_servers(starting: Future[ServerPool] | None) -> ServerPool | None:
+    """Return the servers when they have started. Until then the watchdog is told that this rank is alive: servers have
+    a deadline of their own, ``rollout.servers.start_deadline_s``.
+
+    Raises:
+        ServerDiedError, NotHealthyError, ValueError: as :func:`~megatron_dypo.rollout.server.servers.start_servers`.
+    """
+    if starting is None:
+        return None
+    while not starting.done():
+        mark("waiting for the servers")
+        wait([starting], timeout=_SIGN_OF_LIFE_S)
+    return starting.result()
 
 
 def first_gpu(config: Config) -> int:

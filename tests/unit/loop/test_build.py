@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from megatron_dypo.config.probe import ProbeConfig
 from megatron_dypo.config.run import RunConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.rollout.server.servers import ServerPool
 
 
 def config(objective: ObjectiveConfig, *, sets: tuple[str, ...] = ()) -> Config:
@@ -77,3 +80,27 @@ def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the
     assert (tmp_path / "config.yaml").read_text() == "run: {steps: 3}\n"
     (tmp_path / "config.yaml").write_text("[")
     assert start(4) == folder
+
+
+def test_a_rank_that_waits_for_servers_shows_life_until_they_have_started_or_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The deadline of servers that start may be as long as run.watchdog_s, or longer."""
+    from megatron_dypo.loop.setup import connect
+    from megatron_dypo.processes import watchdog
+    from megatron_dypo.rollout.server.servers import NotHealthyError
+
+    monkeypatch.setattr(connect, "_SIGN_OF_LIFE_S", 0.01)
+    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
+    starting: Future[ServerPool] = Future()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connect.await_servers, starting)
+        deadline = time.monotonic() + 60
+        while watchdog.WORK.marks < 20:
+            assert time.monotonic() < deadline
+            assert not waiting.done()
+        assert watchdog.WORK.pace.part == "waiting for the servers"
+        starting.set_exception(NotHealthyError("not healthy after 300 s"))
+        with pytest.raises(NotHealthyError, match="not healthy after 300 s"):
+            waiting.result()
+    assert connect.await_servers(None) is None

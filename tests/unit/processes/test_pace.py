@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dypo.processes.pace import SLACK_S, Pace
+from megatron_dypo.processes.pace import SILENCE_S, SLACK_S, Pace
 
 LATEST_S = 900.0
 
@@ -23,7 +23,8 @@ def walked(*steps: dict[str, float]) -> tuple[Pace, float]:
 def test_usual_times_are_medians_over_steps_from_the_third_on() -> None:
     two, _ = walked({"collecting": 100.0, "updating": 2.0}, {"collecting": 5.0, "updating": 1.0})
     assert two.usual_step_s() is None
-    assert two.silence_limit_s(LATEST_S) == LATEST_S
+    assert two.silence_limit_s(LATEST_S) == SILENCE_S, "heartbeats do not depend on steps"
+    assert two.silence_limit_s(30.0) == 30.0
     three, now = walked(*[{"collecting": seconds, "updating": 1.0} for seconds in (100.0, 5.0, 6.0)])
     assert three.usual_step_s() == 7.0
     assert three.silence_limit_s(LATEST_S) == 3 * 7.0 + SLACK_S

@@ -104,6 +104,66 @@ def test_a_silent_rank_is_named_once_within_three_steps_and_a_minute(
     assert line.endswith("run.watchdog_s=1800 will end the run")
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_silent_rank_is_named_within_a_minute_in_the_first_steps_of_a_start(
+    tmp_path: Path, clock: Clock, open_rank: Any, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
+    mark("checking weights")
+    for _ in range(steps):
+        begin_step()
+        mark("updating")
+        clock.now += STEP_S
+    first = open_rank(0, 2)
+    write_heartbeat(tmp_path, beat(1))
+    first.look(clock.now)
+    stopped_at = clock.now
+    while not stalls(tmp_path):
+        clock.now += 10.0
+        assert clock.now <= stopped_at + 60.0
+        first.look(clock.now)
+    assert "stall: rank 1 on node1 (process " in stalls(tmp_path)[0]
+    assert "a step usually takes" not in stalls(tmp_path)[0]
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_job_that_is_suspended_as_a_whole_names_nobody(
+    tmp_path: Path, clock: Clock, open_rank: Any, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """All ranks stop at once. Each looks as soon as it runs again, perhaps before the next one has written."""
+    if not steps:
+        monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
+        mark("checking weights")
+    first = open_rank(0, 2)
+    write_heartbeat(tmp_path, beat(1))
+    for suspended_s in (5.0, 29.0, 31.0, 3600.0):
+        begin_step()
+        mark("updating")
+        renew(tmp_path, 1)
+        first.look(clock.now)
+        clock.now += 10.0  # the last look before the stop
+        first.look(clock.now)
+        clock.now += suspended_s
+        if suspended_s > 30.0:  # as the body of the thread does after three looks
+            first.excuse(suspended_s)
+        first.look(clock.now)
+        renew(tmp_path, 1)
+        first.look(clock.now)
+    assert stalls(tmp_path) == []
+
+
+def test_a_rank_that_still_imports_may_be_silent_for_longer(tmp_path: Path, clock: Clock, open_rank: Any) -> None:
+    first = open_rank(0, 2)
+    write_heartbeat(tmp_path, beat(1, part="starting"))
+    first.look(clock.now)
+    clock.now += 290.0
+    first.look(clock.now)
+    assert stalls(tmp_path) == []
+    clock.now += 20.0
+    first.look(clock.now)
+    assert len(stalls(tmp_path)) == 1
+
+
 def test_a_rank_that_comes_back_is_told_and_may_stall_again(tmp_path: Path, clock: Clock, open_rank: Any) -> None:
     second = open_rank(1, 3)
     write_heartbeat(tmp_path, beat(2))

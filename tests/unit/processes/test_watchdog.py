@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_dypo.ending import Cause
+from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes import watchdog
 from megatron_dypo.processes.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, read_heartbeat, write_heartbeat
@@ -144,6 +145,25 @@ def test_start_up_may_take_its_time(ranks, tmp_path):
     first, _ = ranks(2)  # no mark yet
     write_heartbeat(tmp_path, beat(1, idle_s=300.0))
     stand(first, tmp_path, 1)
+
+
+def test_a_main_thread_moves_as_long_as_work_is_counted(ranks):
+    """A main thread that waits for workers, as in the checks of data and checkpoints, is at one place for long."""
+    (only,) = ranks(1)
+    mark("verifying the checkpoint")
+    turns = []
+
+    def look():
+        with progress(10, "verify", "bytes", enabled=False) as bar:
+            for turn in range(10):
+                bar.update(1)
+                only.look(turn * PATIENCE_S)
+                turns.append(turn)
+        only.look(10 * PATIENCE_S)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Left, match=r"rank 0 on .* has not moved for 100 s: verifying"):
+        pool.submit(look).result()
+    assert len(turns) == 10
 
 
 def test_a_single_rank_is_watched_by_its_own_thread(ranks):
