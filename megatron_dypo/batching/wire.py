@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.types import Sample, SampleKind, Treatment
 
 _FIELDS = tuple(field.name for field in fields(Sample) if field.name != "weights")
@@ -37,7 +38,7 @@ def dump_samples(samples: Sequence[Sample]) -> bytes:
 def load_samples(data: bytes) -> list[Sample]:
     """Return the samples of :func:`dump_samples`."""
     header_size = int.from_bytes(data[:8], "little")
-    headers = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["samples"])
+    headers = parse_json(parse_json(data[8 : 8 + header_size])["__metadata__"]["samples"])
     for name, array in safetensors_numpy.load(data).items():
         index, *sections, field = name.split(".", 2)
         (headers[int(index)]["weights"] if sections else headers[int(index)])[field] = array

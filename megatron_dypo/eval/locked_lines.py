@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from megatron_dypo.config.words import counted
 from megatron_dypo.fs import replace_file, sync
+from megatron_dypo.json_text import parse_json
 
 _BLOCK_BYTES = 2**20
 
@@ -41,7 +42,7 @@ def parse_line(line: bytes, place: str, of: type[T]) -> T:
     """
     kinds = _kinds(of)  # type: ignore[arg-type]  # mypy doubts that a class can be hashed
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place}: not a JSON object: {error}") from error
     if not isinstance(value, dict) or value.keys() != kinds.keys():
@@ -130,7 +131,7 @@ class LockedLines:
             replace_file(path, json.dumps(self._setting, indent=2, ensure_ascii=False) + "\n")
             return
         try:
-            before = json.loads(path.read_bytes())
+            before = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read, so nobody knows what {self.path} belongs to: {error}") from error
         now = json.loads(json.dumps(self._setting))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.fs import make_exclusively, passing
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 
 NAME = "run.lock"
@@ -159,7 +160,7 @@ def read_holder(run_dir: Path) -> Holder | None:
 
 def _parse(path: Path) -> Holder | None:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
         return Holder(**{**found, "process": ProcessIdentity(**found["process"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None

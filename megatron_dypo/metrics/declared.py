@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_dypo.fs import replace_file
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.names import Metric
 
 DECLARED_FILE = "objective_metrics.json"
@@ -25,6 +26,6 @@ def read_declared(run_dir: Path) -> list[Metric]:
     if not path.is_file():
         return []
     try:
-        return [Metric(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        return [Metric(**row) for row in parse_json(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a list of metrics: {error}") from error

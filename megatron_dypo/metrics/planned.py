@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_dypo.fs import replace_file
+from megatron_dypo.json_text import parse_json
 
 PLANNED_FILE = "planned.json"
 
@@ -72,7 +73,7 @@ def read_planned(run_dir: Path) -> PlannedStep | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
         return PlannedStep(**{**raw, "parts": {name: PlannedPart(**part) for name, part in raw["parts"].items()}})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a planned step: {error}") from error

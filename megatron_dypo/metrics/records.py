@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from megatron_dypo.json_text import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,7 +22,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
     return records

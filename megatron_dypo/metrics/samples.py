@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from megatron_dypo.fs import replace_file
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Rollout, Treatment, Verdict
 
@@ -165,7 +166,7 @@ def read_samples(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator[
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: dict[str, Any] = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
     return row

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import megatron_dypo
 from megatron_dypo.ending import Cause
 from megatron_dypo.fs import make_exclusively, replace_file
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.attempts import note
 from megatron_dypo.metrics.repeats import warn_often
 
@@ -171,7 +172,7 @@ def read_status(run_dir: Path) -> Record | None:
 
 def _parse(path: Path) -> Record | None:
     try:
-        return Record(**json.loads(path.read_text()))
+        return Record(**parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

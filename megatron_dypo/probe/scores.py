@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_dypo.checks import require
 from megatron_dypo.fs import new_file
+from megatron_dypo.json_text import parse_json
 
 FORMAT = 1
 """Version of the file's format."""
@@ -163,7 +164,7 @@ def _read_notes(array: NDArray[Any] | None) -> dict[str, Any]:
     require(array is not None, "missing 'notes'", "must be in the file")
     assert array is not None
     try:
-        notes: dict[str, Any] = json.loads(array.tobytes())
+        notes: dict[str, Any] = parse_json(array.tobytes())
     except ValueError as error:
         raise ValueError(f"notes: must be JSON: {error}") from error
     require(isinstance(notes, dict), f"notes={notes!r}", "must be a JSON object")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.processes.identity import ProcessIdentity
 
 FOLDER = "heartbeats"
@@ -117,7 +118,7 @@ def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
     """Read a rank's heartbeat; None if it is not written yet or is being written."""
     try:
-        found = json.loads(heartbeat_path(run_dir, rank).read_text())
+        found = parse_json(heartbeat_path(run_dir, rank).read_text())
         return Heartbeat(**{**found, "process": ProcessIdentity(**found["process"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

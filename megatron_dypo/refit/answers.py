@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from megatron_dypo.config.server_flags import settings_of
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.supported import WEIGHT_SESSIONS, is_at_least
 
 Answer = dict[str, Any]
@@ -128,8 +128,8 @@ def checked(where: str, url: str, status: int, text: str) -> Answer:
         ServerError: a refusal, which may come with status 200 and ``success: false``.
     """
     try:
-        answer = json.loads(text)
-    except json.JSONDecodeError:
+        answer = parse_json(text)
+    except ValueError:
         answer = {}
     answer = answer if isinstance(answer, dict) else {}
     if status != 200 or answer.get("success", True) is not True:

@@ -6,7 +6,6 @@ import asyncio
 import email.utils
 import errno
 import functools
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.rollout.columns import read_columns
 from megatron_dypo.rollout.descriptors import lacks_descriptors
 from megatron_dypo.rollout.router import NO_SERVER
@@ -86,7 +86,7 @@ class Answer:
     @property
     def payload(self) -> Any:
         """The answer's JSON. Raises :class:`AttemptError` if it has none."""
-        return self._decoded(json.loads)
+        return self._decoded(parse_json)
 
     @property
     def columns(self) -> Any:

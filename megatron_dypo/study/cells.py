@@ -25,6 +25,7 @@ from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.reading.load import changed_lines, dump_config, flow_yaml, load_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.study.spec import OUR_EVAL_COMMAND, Spec
 
 _CHECKPOINT = "checkpoints/latest_checkpointed_iteration.txt"
@@ -192,7 +193,7 @@ def require_own_settings(cell: Cell) -> None:
 def failure_of(cell: Cell) -> Failure | None:
     """Return how the cell's last attempt failed; None if it did not fail or left no report."""
     try:
-        return Failure(**json.loads(cell.failed_path.read_text(encoding="utf-8")))
+        return Failure(**parse_json(cell.failed_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

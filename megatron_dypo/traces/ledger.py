@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dypo.eval.locked_lines import LockedLines, parse_line
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.traces.config import TeacherConfig
@@ -158,7 +158,7 @@ class Ledger:
             texts = []
             for offset in self._offsets[task][: self._num_kept[task]]:
                 file.seek(int(offset))
-                texts.append(str(json.loads(file.readline())["response"]))
+                texts.append(str(parse_json(file.readline())["response"]))
         return texts
 
     def _done(self, at: int | slice = slice(None)) -> Any:

@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_dypo.config.words import counted
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.fs import replace_file
+from megatron_dypo.json_text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def _lines_of_others(path: Path, ours: set[str]) -> list[str]:
     kept = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            if json.loads(line)["file"] not in ours:
+            if parse_json(line)["file"] not in ours:
                 kept.append(line.decode())
         except (ValueError, TypeError, KeyError):
             log.warning("%s has a line of an unknown form: %.80r is left out", path, line)

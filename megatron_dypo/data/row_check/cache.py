@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_dypo import __version__
 from megatron_dypo.config.data import DataConfig
@@ -18,6 +21,9 @@ from megatron_dypo.data.array_files import read_arrays, write_arrays
 from megatron_dypo.data.row_check.check import RowsChecked
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.json_text import parse_json
+
+log = logging.getLogger(__name__)
 
 CHECK_FOLDER = "data_check"
 _CHECK_VERSION = 1
@@ -59,7 +65,15 @@ def read_check(path: Path) -> RowsChecked | None:
     arrays = read_arrays(path, (*_ARRAYS, "notes"))
     if arrays is None:
         return None
-    notes = json.loads(arrays["notes"].tobytes())
+    try:
+        return _from_arrays(arrays)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read (%s): checking again", path, error)
+        return None
+
+
+def _from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> RowsChecked:
+    notes = parse_json(arrays["notes"].tobytes())
     kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
     kept |= {name: tuple(notes[name]) for name in _NAMES}
     return RowsChecked(

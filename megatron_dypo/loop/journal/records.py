@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.types import GradedGroup, Prompt, Rollout, RolloutGroup, Tier, Tokens, Verdict
 
 Decode: TypeAlias = Callable[[Tokens], str]
@@ -180,7 +181,7 @@ def load(payload: bytes) -> Record:
     try:
         if payload[:1] == _GROUP:
             return _logged(_header(payload))
-        stored = json.loads(payload[1:])
+        stored = parse_json(payload[1:])
         kind = _KINDS[stored.pop("kind")]
         for name in ("verdicts", "trace_verdict", "tier"):
             if name in stored:
@@ -229,7 +230,7 @@ def as_group(logged: Logged, rollouts: tuple[Rollout, ...], prompt: Prompt) -> R
 
 def _header(payload: bytes) -> dict[str, Any]:
     size = int.from_bytes(payload[1:9], "little")
-    header: dict[str, Any] = json.loads(json.loads(payload[9 : 9 + size])["__metadata__"]["group"])
+    header: dict[str, Any] = parse_json(parse_json(payload[9 : 9 + size])["__metadata__"]["group"])
     return header
 
 

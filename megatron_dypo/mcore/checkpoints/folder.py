@@ -232,5 +232,5 @@ def _named(root: Path) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     try:
         return isinstance(json.loads((folder / STATE).read_bytes()), dict)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False

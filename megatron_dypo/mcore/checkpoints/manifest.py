@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.fs import durable_file
+from megatron_dypo.json_text import parse_json
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 64 * 2**20
@@ -99,9 +100,9 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     except OSError as error:
         raise DamageError(f"{MANIFEST}: {_reason(error)}") from error
     try:
-        records = {name: _record(one) for name, one in json.loads(text)["files"].items()}
+        records = {name: _record(one) for name, one in parse_json(text)["files"].items()}
         is_as_written = _text(records).encode() == text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{MANIFEST}: is no manifest: {type(error).__name__}: {str(error)[:100]}") from error
     if not is_as_written:
         raise DamageError(f"{MANIFEST}: does not match its own checksum")

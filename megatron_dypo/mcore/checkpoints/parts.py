@@ -7,12 +7,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException, maybe_load_config
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.mcore.checkpoints.folder import STATE
 from megatron_dypo.mcore.compat import restricted_reading
 from megatron_dypo.mcore.compat.restricted_pickle import load_metadata
+from megatron_dypo.models.hf.json_file import shown
 
 _RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
 
@@ -26,12 +28,25 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {str(error)[:200]}: {_RESTORE}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is no mapping: {_RESTORE}")
     return found
+
+
+def _require_config(folder: Path) -> None:
+    """Require the file by which Megatron chooses how to read a checkpoint."""
+    path = folder / CONFIG_FNAME
+    _read_json(path)
+    try:
+        config = maybe_load_config(str(folder))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}: {_RESTORE}") from error
+    for name, value in vars(config).items():
+        if not isinstance(value, str | int):
+            raise ValueError(f"{path}: {name}={shown(value)}: must be a text or a number: {_RESTORE}")
 
 
 def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
@@ -49,7 +64,7 @@ def load_parts(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file is damaged or missing, or a pickle in it would run code. None is run.
     """
-    _read_json(folder / CONFIG_FNAME)
+    _require_config(folder)
     metadata = load_metadata(folder / ".metadata")
     try:
         return restricted_reading.load(state, folder, metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.mcore.checkpoints.folder import STATE
 from megatron_dypo.mcore.checkpoints.manifest import (
     MANIFEST,
@@ -156,10 +156,10 @@ def _require_outside(checkpoint: Path, has_manifest: bool, is_needed: Callable[[
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        state = json.loads((checkpoint / STATE).read_bytes())
+        state = parse_json((checkpoint / STATE).read_bytes())
     except FileNotFoundError as error:
         raise DamageError(f"{STATE}: is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DamageError(f"{STATE}: cannot be read: {str(error)[:100]}") from error
     if not isinstance(state, dict):
         raise DamageError(f"{STATE}: is no mapping")

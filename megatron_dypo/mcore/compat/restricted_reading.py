@@ -64,13 +64,17 @@ def load_common(folder: Path, metadata: Metadata) -> Any:
     path, info = folder / COMMON_STATE_FNAME, metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
     try:
         if path.is_file() or info is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        path = folder / info.relative_path
-        with path.open("rb") as stream:
-            view = file_view(stream, info.offset, info.length)
-            return torch.load(view, map_location="cpu", weights_only=True)[0]
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            path = folder / info.relative_path
+            with path.open("rb") as stream:
+                view = file_view(stream, info.offset, info.length)
+                state = torch.load(view, map_location="cpu", weights_only=True)[0]
     except (RuntimeError, OSError, *DAMAGED) as error:
         raise ValueError(f"{path}: damaged: {reason(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: damaged: holds {type(state).__name__}, must hold a mapping")
+    return state
 
 
 def _common_strategy(metadata: Metadata) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_dypo.fs import replace_file
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.goodput import measure_goodput
 from megatron_dypo.metrics.planned import compare_with_plan, read_planned
@@ -134,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.probe_files import FOLDER, FORMAT, describe_cost
 from megatron_dypo.metrics.report.panels import CYCLE, Panel
 from megatron_dypo.metrics.report.plots import Plot, style
@@ -48,7 +48,7 @@ def read_probes(run_dir: Path) -> list[dict[str, Any]]:
     results = []
     for path in sorted((run_dir / FOLDER).glob("step_*.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON: {error}") from error
         found = result.get("format") if isinstance(result, dict) else None

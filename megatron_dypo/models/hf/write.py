@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.fs import durable_file
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME
@@ -195,7 +196,7 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     with path.open("rb") as stream:
-        entries: dict[str, dict[str, Any]] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        entries: dict[str, dict[str, Any]] = parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
     del entries["__metadata__"]
     return entries
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from typing import Any
 
 import aiohttp
+
+from megatron_dypo.json_text import parse_json
 
 HEALTH_EVERY_S = 0.2
 """Seconds between two looks at a starting server. SGLang announces only in /health that it is up."""
@@ -85,8 +86,8 @@ async def _beginning(response: aiohttp.ClientResponse) -> bytes:
 def _decode(body: bytes) -> Any:
     """Return the JSON of a body; None if it is no JSON or too long."""
     try:
-        return json.loads(body) if len(body) <= _MAX_BYTES else None
-    except (ValueError, RecursionError):
+        return parse_json(body) if len(body) <= _MAX_BYTES else None
+    except ValueError:
         return None
 
 

@@ -52,3 +52,13 @@ def test_an_exploit_in_either_place_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_either_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"common\.pt: damaged: .*No such file"):
         load_common(tmp_path, Metadata({}, storage_data={}))
+
+
+def test_a_state_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "common.pt").write_bytes(saved([STATE], tmp_path))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/common\.pt: damaged: holds list, must hold a mapping$"):
+        load_common(tmp_path, Metadata({}, storage_data={}))
+    metadata = in_tensor_file(tmp_path, saved([[1]], tmp_path))
+    (tmp_path / "common.pt").unlink()
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: damaged: holds list, must hold a mapping$"):
+        load_common(tmp_path, metadata)

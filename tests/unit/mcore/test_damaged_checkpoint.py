@@ -16,7 +16,16 @@ def test_weights_that_cannot_be_read_are_named_by_their_file(tmp_path: Path) -> 
     assert error().startswith(f"{tmp_path}/metadata.json: cannot be read: ")
     (tmp_path / "metadata.json").write_bytes(b"{")
     assert error().startswith(f"{tmp_path}/metadata.json: cannot be read: ")
-    (tmp_path / "metadata.json").write_bytes(b"{}")
+    for content, message in (
+        (b"{}", "sharded_backend"),
+        (b'{"sharded_bac+end": "torch_dist"}', "sharded_bac"),
+        (b'{"sharded_backend": ["torch_dist"]}', r"sharded_backend=['torch_dist']: must be a text or a number"),
+        (b"[" * 200_000, "cannot be read: nested too deeply"),
+    ):
+        (tmp_path / "metadata.json").write_bytes(content)
+        assert error().startswith(f"{tmp_path}/metadata.json: ")
+        assert message in error()
+    (tmp_path / "metadata.json").write_bytes(b'{"sharded_backend": "torch_dist"}')
     assert error().startswith(f"{tmp_path}/.metadata: cannot be read: ")
     (tmp_path / ".metadata").write_bytes(b"no pickle")
     assert error().startswith(f"{tmp_path}/.metadata: damaged: ")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.parallel.mesh import Mesh
+from tests.support.flips import error_of, flips
 from tests.support.hf_models import make_hf_model
 
 
@@ -27,25 +26,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("converted")
     hf_to_mcore(make_hf_model("qwen2", root / "hf"), root / "mcore", mesh=Mesh(tensor=2), show_progress=False)
     return root / "mcore"
-
-
-def flips(path: Path, count: int) -> Iterator[tuple[int, int]]:
-    """Write ``path`` with one bit flipped, ``count`` times; yield the byte and the bit. Then put it right again."""
-    content = path.read_bytes()
-    choose = random.Random(14)
-    for _ in range(count):
-        place, bit = choose.randrange(len(content)), choose.randrange(8)
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
-        yield place, bit
-    path.write_bytes(content)
-
-
-def error_of(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def everything_read(folder: Path) -> list[bytes]:
