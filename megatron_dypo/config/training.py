@@ -89,10 +89,10 @@ class OptimizerConfig:
     max_bad_steps: int = 3
     """An update whose gradients are not finite is skipped. This many of them in a row end the run."""
     on_bad_step: Literal["skip", "stop", "roll_back"] = "skip"
-    """The policy for such an update. ``skip``: as ``max_bad_steps`` says; a weight that is not finite, which is looked
-    for before weights leave the trainer, ends the run at once. ``stop``: the first such update ends it. ``roll_back``:
-    where ``skip`` would end the run, weights and optimizer go back to the last checkpoint, and the run goes on with the
-    data that come next. The microbatches behind such an update are dumped for ``megatron-dypo replay``."""
+    """The policy for such an update. ``skip``: as ``max_bad_steps`` says; a weight that is not finite ends the run at
+    once. ``stop``: the first such update ends it. ``roll_back``: where ``skip`` would end the run, weights and
+    optimizer go back to the last checkpoint, and the run goes on with the data that come next. The microbatches behind
+    such an update are dumped for ``megatron-dypo replay``."""
     max_rollbacks: int = 3
     """With ``roll_back``: one start of the run goes back at most this many times; the next time ends it."""
     megatron: Mapping[str, Any] = field(default_factory=dict)

@@ -147,7 +147,6 @@ class Run:
                 max_rollbacks=self.config.optimizer.max_rollbacks,
                 checkpoints=self.dir / CHECKPOINTS,
                 verify=self.config.checkpoint.verify,
-                save_every=self.config.checkpoint.every,
                 dumper=Dumper(config=self.config),
                 streams=self.objective.streams,
             ),

@@ -26,7 +26,7 @@ from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.resume import Checkpointer, save_if_due, save_unless_saved
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.update import open_batch
-from megatron_dypo.loop.updater import Updater, check_weights, is_copied, refresh_reference, update_policy
+from megatron_dypo.loop.updater import Updater, refresh_reference, update_policy
 from megatron_dypo.processes.stop_requests import is_requested
 from megatron_dypo.processes.watchdog import begin_step, mark
 
@@ -132,12 +132,9 @@ def train_step(
         minibatch, progress.batch = progress.batch.next_minibatch(collector.batching.prompts_per_update)
         mark("updating")
         update = update_policy(updater, minibatch, progress)
-        is_evaluated, is_probed = evaluator.is_due(progress.step, recorder.total_steps), prober.is_due(progress.step)
-        is_served = minibatch.is_last or is_evaluated or is_probed
-        if is_served or is_copied(updater, progress.step, recorder.total_steps):
-            update = check_weights(update, updater, progress.step)
         rolled_back, end = roll_back_after(update, updater, progress)
-        if end is None and (is_served or rolled_back):
+        is_evaluated, is_probed = evaluator.is_due(progress.step, recorder.total_steps), prober.is_due(progress.step)
+        if end is None and (minibatch.is_last or is_evaluated or is_probed or rolled_back):
             mark("refitting the servers")
             refit = collector.servers.refit(progress.step)
     metrics = {**update.report.metrics, **rolled_back, **refit, **recorder.gather(progress, update)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_dypo.batching.rollout_batch import Minibatch
 from megatron_dypo.config.objective import AutoAlphaConfig, ReferenceConfig
-from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.bad_steps.not_finite import BadSteps, count_update
 from megatron_dypo.loop.books.accounts import enter_minibatch
 from megatron_dypo.loop.books.tally import Tally, tally_update, tally_work
@@ -65,25 +65,6 @@ def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) ->
     tally_work(tally, report.flops, report.model_flops)
     end = count_update(progress, report, updater.policy, updater.replica, updater.ranks, updater.bad_steps)
     return Update(totals=totals, report=report, end=end)
-
-
-def check_weights(update: Update, updater: Updater, step: int) -> Update:
-    """Return the update, with the end of the run if it left a weight that is not finite. Collective over the world.
-
-    A gradient that is finite can do that, through the optimizer's state or an overflow.
-    """
-    name = updater.policy.bad_weight() if update.end is None and update.report.is_applied else None
-    if name is None:
-        return update
-    reason = f"step {step}: the update left a value that is not finite in weight {name}; its gradient was finite"
-    return replace(update, end=RunEnded(Cause.NOT_FINITE, reason))
-
-
-def is_copied(updater: Updater, step: int, total_steps: int) -> bool:
-    """Return whether the weights after ``step`` go into a checkpoint or become the reference."""
-    every = updater.bad_steps.save_every
-    is_saved = step == total_steps or (every > 0 and step % every == 0)
-    return is_saved or (updater.policy.keeps_reference and updater.reference.is_refreshed_after(step))
 
 
 def refresh_reference(updater: Updater, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, named_global_weights, unwrap
+from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, unwrap
 from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.logprobs import pack_alone
 from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
 from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.objective.recipes.base import Objective
-from megatron_dypo.parallel.collectives import any_rank, gather_world
+from megatron_dypo.parallel.collectives import gather_world
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Sample
+
+Read = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,28 +62,15 @@ class LoneRun:
     activations: Activations = field(default_factory=Activations)
 
 
-def weights_not_finite(chunks: Sequence[torch.nn.Module]) -> list[str]:
-    """Return the names of this rank's weights, router biases too, with a value that is not finite."""
-    return _not_finite((name, values(weight)) for name, weight in named_global_weights(chunks))
+def names_not_finite(chunks: Sequence[torch.nn.Module], read: Read) -> list[str]:
+    """Return the names of this rank's parameters whose ``read`` value is not finite."""
+    named = named_global_parameters(chunks)
+    return [name for name, parameter in named if not bool(torch.isfinite(read(parameter)).all())]
 
 
-def gradients_not_finite(chunks: Sequence[torch.nn.Module]) -> list[str]:
-    """Return the names of this rank's parameters whose gradient is not finite."""
-    return _not_finite((name, main_grad(parameter)) for name, parameter in named_global_parameters(chunks))
-
-
-def first_of_world(names: Sequence[str]) -> str | None:
-    """Return the first name of the first rank that has one. Collective over the world."""
-    if not any_rank(bool(names)):
-        return None
-    return next(found[0] for found in gather_world(list(names[:1])) if found)
-
-
-def _not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    found = [(name, torch.isfinite(value).all()) for name, value in named]
-    # One transfer: each would wait for the device.
-    finite = torch.stack([flag for _, flag in found]).tolist() if found else []
-    return [name for (name, _), is_finite in zip(found, finite, strict=True) if not is_finite]
+def first_not_finite(chunks: Sequence[torch.nn.Module], read: Read) -> str | None:
+    """Return the first parameter of the whole model whose ``read`` value is not finite. Collective over the world."""
+    return next((names[0] for names in gather_world(names_not_finite(chunks, read)[:1]) if names), None)
 
 
 def bad_microbatches(lone: Lone, samples: Sequence[Sample], bins: Sequence[Sequence[int]]) -> list[int]:
@@ -124,7 +112,7 @@ def run_alone(lone: Lone, samples: Sequence[Sample], *, watches_activations: boo
         activations.position = int(parts[0].positions_T[activations.token])
     return LoneRun(
         sums=[name for name, value in sums.items() if not math.isfinite(value)],
-        gradients=gradients_not_finite(chunks),
+        gradients=names_not_finite(chunks, main_grad),
         activations=activations,
     )
 

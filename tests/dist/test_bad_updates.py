@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -62,20 +61,12 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
 
 
 def rank_roll_back(
-    path: str,
-    folder: str,
-    axes: dict[str, Any],
-    spoilt: list[int],
-    damaged: dict[int, str] | None = None,
-    *,
-    policy_of_bad_steps: Literal["skip", "stop", "roll_back"] = "roll_back",
-    spoils_moment: bool = False,
+    path: str, folder: str, axes: dict[str, Any], spoilt: list[int], damaged: dict[int, str] | None = None
 ) -> dict[str, Any]:
     """Make updates of a run that goes back, with a NaN in one weight before each of the ``spoilt`` ones.
 
     Args:
         damaged: update → file of the newest checkpoint in which a bit flips before it.
-        spoils_moment: the NaN is in the optimizer's moment of that weight, so that the update itself spoils the weight.
     """
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
@@ -88,7 +79,7 @@ def rank_roll_back(
     config = dataclasses.replace(
         config,
         checkpoint=dataclasses.replace(config.checkpoint, every=2),
-        optimizer=dataclasses.replace(config.optimizer, on_bad_step=policy_of_bad_steps),
+        optimizer=dataclasses.replace(config.optimizer, on_bad_step="roll_back"),
     )
     run, recorder, policy = make_run(config, layout)
     digests, updates, end = [policy.weights_digest()], [0], None
@@ -97,7 +88,7 @@ def rank_roll_back(
             if run.progress.batch.is_used_up:
                 put(run, batch_of(step // 2))
             if step + 1 in spoilt:
-                _spoil_moment(policy) if spoils_moment else _spoil_weight(policy.chunks)
+                _spoil_weight(policy.chunks)
             if layout.is_global_leader and damaged and step + 1 in damaged:
                 flip_bit(Path(folder) / "checkpoints" / f"step_{step:06d}" / damaged[step + 1])
             make_step(run)
@@ -109,24 +100,6 @@ def rank_roll_back(
     name = "train/rolled_back_to"
     back = {step: found[name] for step, found in recorder.metrics.items() if name in found}
     return {"digests": digests, "updates": updates, "end": end, "refitted": recorder.refitted, "back": back}
-
-
-def rank_bias(path: str, folder: str, axes: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Return the bad weight of a mixture of experts before and after its last router's bias gets a NaN."""
-    from megatron_dypo.config.model import ParallelConfig
-    from megatron_dypo.mcore.chunks import named_global_weights
-    from megatron_dypo.mcore.start import start_megatron
-    from megatron_dypo.parallel.groups import close
-
-    layout = start_megatron(ParallelConfig(**axes))
-    _, _, policy = make_run(config_of(path, folder, axes, "exact"), layout)
-    before = policy.bad_weight()
-    for name, weight in named_global_weights(policy.chunks):
-        if name == "decoder.layers.3.mlp.router.expert_bias":
-            weight[0] = float("nan")
-    after = policy.bad_weight()
-    close(layout)
-    return before, after
 
 
 def rank_replay(folder: str, step: int = 1, weights: Path | None = None) -> tuple[list[Any], list[str]]:
@@ -183,19 +156,6 @@ def _spoil_weight(chunks: Any) -> None:
         if name == BAD:
             with torch.no_grad():
                 parameter[0, 0] = float("nan")
-
-
-def _spoil_moment(policy: Any) -> None:
-    """Put a NaN into the optimizer's first moment of one weight: the update spoils the weight by a finite gradient."""
-    import torch
-
-    from megatron_dypo.mcore.chunks import named_global_parameters
-
-    weights = dict(named_global_parameters(policy.chunks))
-    for optimizer in policy.optimizer.megatron.chained_optimizers:
-        for parameter, state in optimizer.optimizer.state.items():
-            if BAD in weights and torch.equal(parameter, weights[BAD]):
-                state["exp_avg"].view(-1)[0] = float("nan")
 
 
 def _spoilt(groups: list[list[Any]]) -> list[list[Any]]:
@@ -317,36 +277,6 @@ def test_a_run_with_nothing_but_a_damaged_checkpoint_cannot_roll_back(tmp_path: 
     assert result["end"][:2] == (3, "not_finite")
     assert "none of 1 checkpoints is whole: step_000002/mcore/__0_0.distcp: " in result["end"][2]
     assert (run / "checkpoints" / "step_000002").is_dir(), "nothing is renamed"
-
-
-@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=["one process", "two stages"])
-@pytest.mark.parametrize("policy", ["skip", "roll_back"])
-def test_weights_that_the_update_itself_spoilt_reach_no_server_and_no_checkpoint(
-    tmp_path: Path, axes: dict[str, Any], policy: Literal["skip", "roll_back"]
-) -> None:
-    path, run = str(make_hf_model("qwen2", tmp_path / "hf")), tmp_path / "run"
-    rank = functools.partial(rank_roll_back, policy_of_bad_steps=policy, spoils_moment=True)
-    for result in run_ranks(axes.get("pipeline", 1), rank, path, str(run), axes, [4]):
-        if policy == "roll_back":
-            assert result["end"] is None
-            assert result["digests"][4] == result["digests"][2] != result["digests"][3]
-            assert result["back"] in ({4: 2.0}, {})
-            assert result["refitted"] == [2, 4, 6]
-        else:
-            step, label, message = result["end"]
-            assert (step, label) == (4, "not_finite")
-            assert message == (
-                f"step 4: the update left a value that is not finite in weight {BAD}; its gradient was finite"
-            )
-            assert result["refitted"] == [2]
-            assert not (run / "checkpoints" / "step_000004").exists()
-
-
-def test_a_router_bias_that_is_not_finite_is_a_bad_weight(tmp_path: Path) -> None:
-    path = str(make_hf_model("glm4_moe", tmp_path / "hf"))
-    for before, after in run_ranks(2, rank_bias, path, str(tmp_path / "run"), {"pipeline": 2}):
-        assert before is None
-        assert after == "decoder.layers.3.mlp.router.expert_bias", "it is on the second stage"
 
 
 def test_a_run_rolls_back_to_one_checkpoint_only_so_often(tmp_path: Path) -> None:

@@ -35,8 +35,6 @@ class BadSteps:
     """The folder of all checkpoints."""
     verify: Verify
     """See ``checkpoint.verify``; of the checkpoint to go back to."""
-    save_every: int
-    """See ``checkpoint.every``."""
     dumper: Dumper
     streams: Sequence[Stream]
     """The objective's, which the loss reads."""

@@ -15,7 +15,8 @@ from megatron_dypo.loop.bad_steps.places import Place, bad_inputs, bad_logprobs,
 from megatron_dypo.loop.megatron_policy import MegatronPolicy
 from megatron_dypo.loop.setup.build_policy import build_policy
 from megatron_dypo.loop.setup.run_folder import require_whole
-from megatron_dypo.mcore.finite import LoneRun, run_alone, weights_not_finite
+from megatron_dypo.mcore.finite import LoneRun, names_not_finite, run_alone
+from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -86,7 +87,7 @@ def replay(config: Config, folder: Path, dump: Dump, checkpoint: Path | None) ->
 
 def _run(policy: MegatronPolicy, samples: Sequence[Sample], one: DumpedMicrobatch) -> Finding:
     prompts = {sample.order: prompt for sample, prompt in zip(samples, one.prompts, strict=True)}
-    weights = gather_world(weights_not_finite(policy.chunks))
+    weights = gather_world(names_not_finite(policy.chunks, values))
     logprobs = bad_logprobs(samples, policy.replica_logprobs(samples))
     lone = run_alone(policy.lone, samples, watches_activations=True)
     inputs = bad_inputs(samples, policy.objective.streams)
