@@ -92,7 +92,8 @@ class OptimizerConfig:
     """The policy for such an update. ``skip``: as ``max_bad_steps`` says; a weight that is not finite ends the run at
     once. ``stop``: the first such update ends it. ``roll_back``: where ``skip`` would end the run, weights and
     optimizer go back to the last checkpoint, and the run goes on with the data that come next. The microbatches behind
-    such an update are dumped for ``megatron-dypo replay``."""
+    such an update are dumped for ``megatron-dypo replay``. The weights are looked at after each update that a refit, a
+    checkpoint or a new reference follows."""
     max_rollbacks: int = 3
     """With ``roll_back``: one start of the run goes back at most this many times; the next time ends it."""
     megatron: Mapping[str, Any] = field(default_factory=dict)

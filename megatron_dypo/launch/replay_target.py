@@ -14,6 +14,12 @@ from megatron_dypo.loop.bad_steps.dump import CONFIG, Dump, find_dump, read_dump
 
 OUTPUT = "replay"
 """Folder of a dump for the log and the report of a replay."""
+_WAS_REMOVED = (
+    "the dump names this checkpoint of step {step}, which was removed or moved since. checkpoint.keep removes all but "
+    "the newest ones; checkpoint.keep_every keeps more. Name the nearest one that is left (`megatron-dypo checkpoints "
+    "RUN` lists them), or an HF folder, with --weights: the replay then shows what is not finite under those weights, "
+    "and a value may be finite that was not in the run"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,5 +61,7 @@ def replay_target(path: Path, *, weights: Path | None = None) -> ReplayTarget:
     folder = find_dump(path)
     dump = read_dump(folder)
     source = weights or Path(dump.weights)
+    if weights is None and dump.weights_step and not source.is_dir():
+        raise ValueError(f"{source}: {_WAS_REMOVED.format(step=dump.weights_step)}")
     require(source.is_dir(), f"{source}", "is no folder: name a checkpoint or an HF folder with --weights")
     return ReplayTarget(folder=folder.absolute(), dump=dump, weights=source.absolute())

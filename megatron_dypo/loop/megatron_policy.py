@@ -21,8 +21,8 @@ from megatron_dypo.mcore.bridged.weights import BridgedWeights
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.checkpoints.folder import folder_of
 from megatron_dypo.mcore.checkpoints.saving import Saver
-from megatron_dypo.mcore.chunks import main_grad, named_global_weights
-from megatron_dypo.mcore.finite import Lone, bad_microbatches, first_not_finite
+from megatron_dypo.mcore.chunks import named_global_weights
+from megatron_dypo.mcore.finite import Lone, bad_microbatches, first_not_finite, named_gradients
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
 from megatron_dypo.mcore.logprobs import own_parts, pack_microbatches, plan_update, sequence_logprobs
@@ -190,10 +190,10 @@ class MegatronPolicy:
             self.reference.capture()
 
     def bad_weight(self) -> str | None:
-        return first_not_finite(self.chunks, values)
+        return first_not_finite(named_values(self.chunks))
 
     def bad_gradient(self) -> str | None:
-        return first_not_finite(self.chunks, main_grad)
+        return first_not_finite(named_gradients(self.chunks))
 
     def weights_digest(self) -> str:
         return weights_digest(named_values(self.chunks))

@@ -94,8 +94,10 @@ class Policy(Protocol):
         """Make the current weights the reference. Call it only if ``keeps_reference``."""
 
     def bad_weight(self) -> str | None:
-        """Return the name of the first parameter with a value that is not finite, on any rank; None if there is
-        none."""
+        """Return the name of the first weight with a value that is not finite, on any rank; None if there is none.
+
+        A router bias, which no gradient trains, is a weight too.
+        """
 
     def bad_gradient(self) -> str | None:
         """Return the name of the first parameter whose last gradient is not finite, on any rank; None if there is

@@ -15,17 +15,16 @@ from megatron_dypo.batching.queues import Group, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.run import CheckpointConfig
-from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
+from megatron_dypo.loop.bad_steps.roll_back import require_weights
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.journal.journal import Journal
-from megatron_dypo.loop.journal.no_journal import NoJournal
-from megatron_dypo.loop.journal.weights import NoWeights, Weights
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.requests import Stream
+from megatron_dypo.loop.servers import NoServers, Servers
+from megatron_dypo.loop.updater import Updater
 from megatron_dypo.mcore.checkpoints import folder
 from megatron_dypo.mcore.checkpoints.prune import SCORES, scores_for
 from megatron_dypo.metrics.writer import Timings
@@ -43,9 +42,9 @@ class Checkpointer:
     """The folder of all checkpoints."""
     policy: Policy
     replica: Replica
-    stream: Stream
-    journal: Journal | NoJournal
-    weights: Weights | NoWeights
+    servers: Servers | NoServers
+    updater: Updater
+    """Goes back to an earlier checkpoint."""
     ranks: Ranks
     cfg: CheckpointConfig
     total_steps: int
@@ -59,6 +58,9 @@ def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping
 
     Args:
         metrics: of the step, for ``checkpoint.keep_best``.
+
+    Raises:
+        RunEnded: on all ranks: a weight is not finite, and the run does not go back. Nothing is written.
     """
     if checkpointer.cfg.async_save:
         with checkpointer.timings.measure("save_checkpoint"):
@@ -66,6 +68,10 @@ def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping
     every, is_last = checkpointer.cfg.every, progress.step == checkpointer.total_steps
     is_due = is_last or (every > 0 and progress.step % every == 0)
     if is_due and progress.bad_steps == 0:
+        if _went_back(checkpointer, progress):
+            metrics = {}  # they describe the weights that are gone
+            mark("refitting the servers")
+            checkpointer.servers.refit(progress.step)
         mark("saving a checkpoint")
         with checkpointer.timings.measure("save_checkpoint"):
             waits = is_last or not checkpointer.cfg.async_save
@@ -73,12 +79,25 @@ def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping
 
 
 def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
-    """Save a checkpoint of this step, if there is none. Collective over the world."""
+    """Save a checkpoint of this step, if there is none. Collective over the world.
+
+    Raises:
+        RunEnded: on all ranks: a weight is not finite, and the run does not go back. Nothing is written.
+    """
     checkpointer.policy.finish_save(waits=True)
     # All ranks must agree: on a shared file system some may see a new folder later.
     latest = checkpointer.ranks.of_leaders(folder.find_latest(checkpointer.folder))[0]
     if latest is None or folder.step_of(latest) != progress.step:
+        _went_back(checkpointer, progress)
         save_checkpoint(checkpointer, progress)
+
+
+def _went_back(checkpointer: Checkpointer, progress: Progress) -> bool:
+    """Look at the weights before a save: some updates are followed by no refit, which looks at them too.
+
+    Return whether the run went back to weights that are finite. Raises RunEnded if they are not.
+    """
+    return require_weights(checkpointer.updater, progress, f"step {progress.step}, before its checkpoint")
 
 
 def save_checkpoint(
@@ -92,16 +111,11 @@ def save_checkpoint(
 
     Args:
         waits: the folder is there when this returns; see :meth:`megatron_dypo.loop.policy.Policy.save`.
-
-    Raises:
-        RunEnded: on all ranks: a weight is not finite. Nothing is written.
     """
-    # A weight that no token reads, such as the embedding of an unused id, shows in no loss and in no gradient.
-    require_finite_weights(checkpointer.policy, f"step {progress.step}, before its checkpoint")
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
     kept = [sample for group in groups for sample in group]
-    drawn = drawn_state(replica, checkpointer.stream, checkpointer.ranks)
+    drawn = drawn_state(replica, checkpointer.servers.stream, checkpointer.ranks)
     return checkpointer.policy.save(
         checkpointer.folder,
         progress.step,
@@ -112,14 +126,14 @@ def save_checkpoint(
             "moments": progress.moments and progress.moments.as_json(),
             "inputs": replica.inputs,
             SCORES: scores_for(metrics, checkpointer.cfg, progress.step),
-            "weights": checkpointer.weights.as_json(),
+            "weights": checkpointer.servers.weights.as_json(),
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
         cfg=checkpointer.cfg,
         waits=waits,
         on_publish=functools.partial(
-            checkpointer.journal.begin_anew, progress.step, drawn["unfinished"], drawn["cursor"]
+            checkpointer.servers.journal.begin_anew, progress.step, drawn["unfinished"], drawn["cursor"]
         ),
     )
 

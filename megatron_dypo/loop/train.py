@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
+from megatron_dypo.loop.bad_steps.not_finite import end_by_weights, require_finite_weights
 from megatron_dypo.loop.bad_steps.roll_back import roll_back_after
 from megatron_dypo.loop.books.recorder import Recorder
 from megatron_dypo.loop.collect import Collector, collect_in_rounds
@@ -26,7 +26,7 @@ from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.resume import Checkpointer, save_if_due, save_unless_saved
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.update import open_batch
-from megatron_dypo.loop.updater import Updater, refresh_reference, update_policy
+from megatron_dypo.loop.updater import Updater, is_refresh_due, update_policy
 from megatron_dypo.processes.stop_requests import is_requested
 from megatron_dypo.processes.watchdog import begin_step, mark
 
@@ -104,44 +104,38 @@ def train_step(
     """Make one optimizer step, evaluate, probe and refresh the reference if due; write and return the step's metrics.
 
     The first step of a rollout batch collects the batch. The servers get the weights after its last step, and for an
-    evaluation or a probe.
+    evaluation or a probe. Weights that become the servers' or the reference are finite.
 
     Raises:
-        RunEnded: on all ranks: nothing can be learned from the collected groups, or updates are not finite.
+        RunEnded: on all ranks: nothing can be learned from the collected groups, or updates or weights are not finite.
     """
     refit: dict[str, float] = {}
     begin_step()
     with recorder.timings.measure("step"):
         if progress.batch.is_used_up:
-            mark("collecting rollouts")
-            collect = collect_from_stream if collector.uses_stream(progress.step) else collect_in_rounds
-            queues = collect(collector, progress.step)
-            collector.servers.offload_servers()
-            mark("computing log-probs")
-            logprobs, ranks, batching = collector.logprobs, collector.ranks, collector.batching
-            progress.batch = open_batch(
-                queues,
-                logprobs,
-                ranks,
-                batching,
-                version=progress.step,
-                number=progress.batches,
-                buffer=collector.objective.trace_buffer(),
-            )
-            progress.batches += 1
+            collect_batch(progress, collector)
         minibatch, progress.batch = progress.batch.next_minibatch(collector.batching.prompts_per_update)
         mark("updating")
         update = update_policy(updater, minibatch, progress)
-        rolled_back, end = roll_back_after(update, updater, progress)
         is_evaluated, is_probed = evaluator.is_due(progress.step, recorder.total_steps), prober.is_due(progress.step)
-        if end is None and (minibatch.is_last or is_evaluated or is_probed or rolled_back):
+        is_refitted, is_refreshed = (
+            minibatch.is_last or is_evaluated or is_probed,
+            is_refresh_due(updater, progress.step),
+        )
+        end = update.end
+        if end is None and (is_refitted or is_refreshed):
+            # The update itself can make such a weight of finite gradients, as from a spoilt moment.
+            end = end_by_weights(updater.policy, f"step {progress.step}, after its update")
+        went_back, end = roll_back_after(end, updater, progress)
+        if end is None and (is_refitted or went_back):
             mark("refitting the servers")
             refit = collector.servers.refit(progress.step)
-    metrics = {**update.report.metrics, **rolled_back, **refit, **recorder.gather(progress, update)}
+    metrics = {**update.report.metrics, **refit, **recorder.gather(progress, update)}
     if end is not None:
         recorder.write(progress.step, metrics)
         raise end
-    refresh_reference(updater, progress.step)
+    if is_refreshed:
+        updater.policy.refresh_reference()
     recorder.summarize(progress.step, metrics)
     if is_evaluated:
         mark("evaluating")
@@ -152,6 +146,29 @@ def train_step(
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     recorder.write(progress.step, metrics)
     return metrics
+
+
+def collect_batch(progress: Progress, collector: Collector) -> None:
+    """Collect groups, and open the next rollout batch of them.
+
+    Raises:
+        RunEnded: on all ranks: nothing can be learned from the collected groups.
+    """
+    mark("collecting rollouts")
+    collect = collect_from_stream if collector.uses_stream(progress.step) else collect_in_rounds
+    queues = collect(collector, progress.step)
+    collector.servers.offload_servers()
+    mark("computing log-probs")
+    progress.batch = open_batch(
+        queues,
+        collector.logprobs,
+        collector.ranks,
+        collector.batching,
+        version=progress.step,
+        number=progress.batches,
+        buffer=collector.objective.trace_buffer(),
+    )
+    progress.batches += 1
 
 
 def probe_weights(updater: Updater, prober: Prober, progress: Progress) -> dict[str, float]:

@@ -67,7 +67,6 @@ def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) ->
     return Update(totals=totals, report=report, end=end)
 
 
-def refresh_reference(updater: Updater, step: int) -> None:
-    """Make the current weights the reference, if the config asks for it after ``step``."""
-    if updater.policy.keeps_reference and updater.reference.is_refreshed_after(step):
-        updater.policy.refresh_reference()
+def is_refresh_due(updater: Updater, step: int) -> bool:
+    """Return whether the weights become the reference after ``step``."""
+    return updater.policy.keeps_reference and updater.reference.is_refreshed_after(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +17,13 @@ from megatron_dypo.mcore.logprobs import pack_alone
 from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
 from megatron_dypo.mcore.routing_replay import RoutingReplay
 from megatron_dypo.objective.recipes.base import Objective
-from megatron_dypo.parallel.collectives import gather_world
+from megatron_dypo.parallel.collectives import any_rank, gather_world
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Sample
 
-Read = Callable[[torch.nn.Parameter], torch.Tensor]
+Named = Iterable[tuple[str, torch.Tensor]]
+"""Tensors of this rank with their names in the whole model, such as weights or gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,15 +63,34 @@ class LoneRun:
     activations: Activations = field(default_factory=Activations)
 
 
-def names_not_finite(chunks: Sequence[torch.nn.Module], read: Read) -> list[str]:
-    """Return the names of this rank's parameters whose ``read`` value is not finite."""
-    named = named_global_parameters(chunks)
-    return [name for name, parameter in named if not bool(torch.isfinite(read(parameter)).all())]
+def named_gradients(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the gradients of this rank's parameters. The other weights, the router biases, have none."""
+    return ((name, main_grad(parameter)) for name, parameter in named_global_parameters(chunks))
 
 
-def first_not_finite(chunks: Sequence[torch.nn.Module], read: Read) -> str | None:
-    """Return the first parameter of the whole model whose ``read`` value is not finite. Collective over the world."""
-    return next((names[0] for names in gather_world(names_not_finite(chunks, read)[:1]) if names), None)
+def names_not_finite(named: Named) -> list[str]:
+    """Return the names of the tensors with a value that is not finite.
+
+    Each tensor is read once, and the CPU waits for a GPU once. The least and the greatest value of a tensor are NaN if
+    one of its values is.
+    """
+    names, extremes = list[str](), list[torch.Tensor]()
+    for name, tensor in named:
+        if tensor.numel():
+            names.append(name)
+            extremes.append(torch.stack(torch.aminmax(tensor.detach())))
+    if not names:
+        return []
+    are_finite: list[bool] = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
+    return [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
+
+
+def first_not_finite(named: Named) -> str | None:
+    """Return the first tensor of the whole model with a value that is not finite. Collective over the world."""
+    mine = names_not_finite(named)[:1]
+    if not any_rank(bool(mine)):
+        return None
+    return next(names[0] for names in gather_world(mine) if names)
 
 
 def bad_microbatches(lone: Lone, samples: Sequence[Sample], bins: Sequence[Sequence[int]]) -> list[int]:
@@ -112,7 +132,7 @@ def run_alone(lone: Lone, samples: Sequence[Sample], *, watches_activations: boo
         activations.position = int(parts[0].positions_T[activations.token])
     return LoneRun(
         sums=[name for name, value in sums.items() if not math.isfinite(value)],
-        gradients=names_not_finite(chunks, main_grad),
+        gradients=names_not_finite(named_gradients(chunks)),
         activations=activations,
     )
 

@@ -28,7 +28,9 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("train/skipped", "", "1 where the update was skipped because its gradients were not finite, else 0"),
     Metric(
-        "train/rolled_back_to", "step", "checkpoint to which weights and optimizer went back after the update, if any"
+        "train/rolled_back_to",
+        "step",
+        "checkpoint to which weights and optimizer went back after the update or before the last save, if any",
     ),
     Metric("train/grad_norm", "", "global gradient norm before clipping"),
     Metric(

@@ -42,6 +42,7 @@ This table is `tests/support/faults/matrix.py`, rendered. Faults that need a rea
 | a bit of a checkpoint flips; a file is truncated, emptied, deleted or doubled | the file is named and the older checkpoint taken | `tests/dist/test_damaged_checkpoints.py` |
 | all servers answer 503 for a minute | the run waits and goes on; nothing is lost | `tests/dist/test_fault_matrix.py` |
 | weights, gradients, rewards or log-probs are not finite | named with parameter, prompt, member and token; dumped; skipped, stopped or rolled back as `optimizer.on_bad_step` says | `tests/dist/test_bad_updates.py` |
+| an update makes weights that are not finite of finite gradients | no server, checkpoint or reference gets them; the weight is named; stopped or rolled back as `optimizer.on_bad_step` says | `tests/dist/test_spoilt_weights.py` |
 | a rank is stopped | named within three steps and a minute, with host, activity and stack | `tests/e2e/test_stalled_runs.py` |
 | a whole run is suspended for longer than its deadlines | it goes on; requests that were open are made again | `tests/e2e/test_stalled_runs.py` |
 | a rank is slow in each step | named by the log and `perf/slowest_rank` | `tests/dist/test_busy_ranks.py` |

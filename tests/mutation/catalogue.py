@@ -153,7 +153,9 @@ ROOMS = {
         also={
             **{f"megatron_dypo/loop/{name}.py": _STEPS
                 for name in ("train", "updater", "logprobs", "update", "megatron_policy")},
-            "megatron_dypo/loop/bad_steps/not_finite.py": ("tests/dist/test_bad_updates.py",),
+            **{f"megatron_dypo/loop/bad_steps/{name}.py":
+                ("tests/dist/test_bad_updates.py", "tests/dist/test_spoilt_weights.py")
+                for name in ("not_finite", "roll_back")},
             "megatron_dypo/loop/setup/build.py": ("tests/unit/loop/test_build.py", "tests/dist/test_open_run.py",
                 *_STEPS),
             "megatron_dypo/loop/collect.py": ("tests/unit/loop/test_collecting_accounts.py",

@@ -40,10 +40,18 @@ class BadSteps:
     """The objective's, which the loss reads."""
 
 
+def end_by_weights(policy: Policy, place: str) -> RunEnded | None:
+    """Return the end of the run if a weight is not finite, the same on all ranks; ``place`` says where it was found."""
+    name = policy.bad_weight()
+    if name is None:
+        return None
+    return RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
+
+
 def require_finite_weights(policy: Policy, place: str) -> None:
     """Raise RunEnded on all ranks if a weight is not finite; ``place`` says where the weights come from."""
-    if name := policy.bad_weight():
-        raise RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
+    if end := end_by_weights(policy, place):
+        raise end
 
 
 def count_update(

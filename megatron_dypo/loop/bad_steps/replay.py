@@ -16,7 +16,7 @@ from megatron_dypo.loop.megatron_policy import MegatronPolicy
 from megatron_dypo.loop.setup.build_policy import build_policy
 from megatron_dypo.loop.setup.run_folder import require_whole
 from megatron_dypo.mcore.finite import LoneRun, names_not_finite, run_alone
-from megatron_dypo.mcore.fp8 import values
+from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -34,7 +34,7 @@ class Finding:
 
     file: str
     weights: Sequence[str]
-    """Parameters of the model."""
+    """Weights of the model."""
     inputs: dict[str, str]
     """Name of a stream that the loss reads → the first tokens in words."""
     activation: str
@@ -87,7 +87,7 @@ def replay(config: Config, folder: Path, dump: Dump, checkpoint: Path | None) ->
 
 def _run(policy: MegatronPolicy, samples: Sequence[Sample], one: DumpedMicrobatch) -> Finding:
     prompts = {sample.order: prompt for sample, prompt in zip(samples, one.prompts, strict=True)}
-    weights = gather_world(names_not_finite(policy.chunks, values))
+    weights = gather_world(names_not_finite(named_values(policy.chunks)))
     logprobs = bad_logprobs(samples, policy.replica_logprobs(samples))
     lone = run_alone(policy.lone, samples, watches_activations=True)
     inputs = bad_inputs(samples, policy.objective.streams)

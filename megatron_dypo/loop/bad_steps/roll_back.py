@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
+from megatron_dypo.loop.bad_steps.not_finite import end_by_weights, require_finite_weights
 from megatron_dypo.loop.progress import Progress
-from megatron_dypo.loop.updater import Update, Updater
+from megatron_dypo.loop.updater import Updater
 from megatron_dypo.mcore.checkpoints.choose import newest_whole
 from megatron_dypo.mcore.checkpoints.folder import candidates, step_of
 from megatron_dypo.mcore.checkpoints.verify import all_ranks
@@ -16,22 +16,41 @@ from megatron_dypo.processes.watchdog import mark
 log = logging.getLogger("megatron_dypo")
 
 
-def roll_back_after(update: Update, updater: Updater, progress: Progress) -> tuple[dict[str, float], RunEnded | None]:
-    """Go back to the last whole checkpoint if the update would end the run and ``optimizer.on_bad_step`` asks for it.
+def require_weights(updater: Updater, progress: Progress, place: str) -> bool:
+    """Require that every weight is finite, or go back as :func:`roll_back_after`; return whether the run went back.
+
+    ``place`` says where the weights were looked at.
+
+    Raises:
+        RunEnded: on all ranks: a weight is not finite, and the run does not go back.
+    """
+    went_back, end = roll_back_after(end_by_weights(updater.policy, place), updater, progress)
+    if end is not None:
+        raise end
+    return went_back
+
+
+def roll_back_after(end: RunEnded | None, updater: Updater, progress: Progress) -> tuple[bool, RunEnded | None]:
+    """Go back to the last whole checkpoint if there is an ``end`` and ``optimizer.on_bad_step`` asks for it.
 
     Weights, optimizer, RNG states and a refreshed reference are those of the checkpoint again. Data, books and the
     number of the step go on: no prompt is drawn again, and the samples behind the bad updates do not come back.
-    A damaged checkpoint is set aside, as at a resume.
+    A damaged checkpoint is set aside, as at a resume. The caller refits the servers.
+
+    Args:
+        end: of the run by values that are not finite, if any.
 
     Returns:
-        The metrics of going back, {} if the run did not; and the end of the run, None if it goes on.
+        Whether the run went back; and the end of the run, None if it goes on.
     """
-    if update.end is None or updater.bad_steps.policy != "roll_back":
-        return {}, update.end
+    if end is None or updater.bad_steps.policy != "roll_back":
+        return False, end
     try:
-        return {"train/rolled_back_to": float(_roll_back(update.end, updater, progress))}, None
-    except RunEnded as end:
-        return {}, end
+        step = _roll_back(end, updater, progress)
+    except RunEnded as no_way_back:
+        return False, no_way_back
+    updater.tally.extreme("max:rolled_back_to", step)
+    return True, None
 
 
 def _roll_back(reason: RunEnded, updater: Updater, progress: Progress) -> int:

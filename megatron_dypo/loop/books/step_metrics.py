@@ -94,6 +94,8 @@ def update_metrics(
     }
     if tally["flops"]:
         metrics["train/flops_imbalance"] = tally["max:flops"] * tally["replicas"] / tally["flops"] - 1
+    if "max:rolled_back_to" in tally:
+        metrics["train/rolled_back_to"] = tally["max:rolled_back_to"]
     if "max:mismatch" in tally:
         metrics["train/train_rollout_logprob_abs_diff"] = sums["mismatch_abs"] / sums["rollout_tokens"]
         metrics["train/train_rollout_logprob_abs_diff_max"] = tally["max:mismatch"]

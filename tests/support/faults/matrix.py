@@ -127,7 +127,7 @@ ROWS: Mapping[str, Row] = {
         told_by=(
             _status(
                 Cause.NOT_FINITE,
-                ", before the next checkpoint, with the parameter",
+                ", before the next refit or checkpoint, with the parameter",
                 r".*weight \S*word_embeddings\.weight",
             ),
         ),

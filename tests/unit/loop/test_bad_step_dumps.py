@@ -24,7 +24,9 @@ def samples() -> list[Sample]:
     return [sample for group in random_groups(5, num_hard=1, num_mid=3, group_size=4, vocab=50) for sample in group]
 
 
-def written(folder: Path, microbatches: list[list[Sample]]) -> Dump:
+def written(
+    folder: Path, microbatches: list[list[Sample]], *, weights: Path = Path("/hf"), weights_step: int = 10
+) -> Dump:
     described = [
         DumpedMicrobatch(
             file=f"microbatch_{index:05d}.safetensors",
@@ -34,7 +36,9 @@ def written(folder: Path, microbatches: list[list[Sample]]) -> Dump:
         )
         for index, members in enumerate(microbatches)
     ]
-    given = Dump(step=12, replica=3, problem="nan", weights="/hf", weights_step=10, microbatches=described)
+    given = Dump(
+        step=12, replica=3, problem="nan", weights=str(weights), weights_step=weights_step, microbatches=described
+    )
     return write_dump(folder, given, microbatches, "run: {}\n")
 
 
@@ -110,9 +114,23 @@ def test_other_formats_paths_out_of_the_folder_and_damaged_samples_are_refused(t
 def test_a_path_without_a_dump_or_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be RUN/bad_steps/step_N"):
         replay_target(tmp_path)
-    written(tmp_path / "a", [samples()])
-    with pytest.raises(ValueError, match="/hf: is no folder: name a checkpoint or an HF folder with --weights"):
+    written(tmp_path / "a", [samples()], weights=tmp_path / "hf", weights_step=0)
+    for weights in (None, tmp_path / "hf"):
+        with pytest.raises(ValueError, match="/hf: is no folder: name a checkpoint or an HF folder with --weights"):
+            replay_target(tmp_path / "a", weights=weights)
+
+
+def test_a_checkpoint_that_was_removed_since_the_dump_is_named_with_the_ways_to_go_on(tmp_path: Path) -> None:
+    removed, left = tmp_path / "step_000010", tmp_path / "step_000012"
+    left.mkdir()
+    written(tmp_path / "a", [samples()], weights=removed)
+    with pytest.raises(
+        ValueError, match="step_000010: the dump names this checkpoint of step 10, which was removed"
+    ) as said:
         replay_target(tmp_path / "a")
+    for words in ("checkpoint.keep ", "checkpoint.keep_every", "--weights", "`megatron-dypo checkpoints RUN`"):
+        assert words in str(said.value)
+    assert replay_target(tmp_path / "a", weights=left).weights == left
 
 
 def test_the_first_token_that_is_not_finite_is_named_for_each_prompt() -> None:

@@ -298,22 +298,48 @@ def test_updates_that_are_skipped_end_the_run_on_all_ranks_when_they_are_too_man
     assert sorted(ranks[0].policy.saved) == [3], "no checkpoint while updates are skipped"
 
 
+def spoilt_at_3(is_leader: bool) -> FakePolicy:
+    """Return a policy whose third update makes a weight that is not finite, of gradients that are."""
+    made = FakePolicy(is_leader=is_leader, keeps_reference=True)
+    made.spoilt_at = 3
+    return made
+
+
 @pytest.mark.parametrize("every", [1, 2, 0], ids=["each step", "every second step", "the last alone"])
-def test_a_weight_that_is_not_finite_is_found_before_a_checkpoint_and_never_exported(
+def test_a_weight_that_an_update_spoils_reaches_no_server_no_checkpoint_and_no_export(
     tmp_path: Path, every: int
 ) -> None:
-    def policy(is_leader: bool) -> FakePolicy:
-        made = FakePolicy(is_leader=is_leader)
-        made.spoilt_at = 3
-        return made
-
-    config = make_config(tmp_path, steps=5, checkpoint=CheckpointConfig(every=every, keep=9))
-    ranks = train(config, policy=policy, world=(2, 1))
+    config = make_config(tmp_path, steps=5, checkpoint=CheckpointConfig(every=every, keep=9), eval=aime(every=3))
+    ranks = train(config, policy=spoilt_at_3, world=(2, 1))
     assert {ended.cause for ended in ranks} == {Cause.NOT_FINITE}
-    found_at = {1: 3, 2: 4, 0: 5}[every]
-    assert ranks[0].message == f"step {found_at}, before its checkpoint: weight w holds a value that is not finite"
+    assert {ended.message for ended in ranks} == {"step 3, after its update: weight w holds a value that is not finite"}
+    assert [ended.refitted for ended in ranks] == [[0, 1, 2]] * 2
+    assert ranks[0].metrics[3]["train/skipped"] == 0.0, "the update was made"
+    assert "eval/aime/accuracy" not in ranks[0].metrics[3]
     assert sorted(ranks[0].policy.saved) == [step for step in range(1, 3) if every and step % every == 0]
     assert ranks[0].policy.exported == []
+
+
+OF_FIVE = {"updates_per_batch": 5, "prompts_per_update": 1}
+
+
+def test_a_weight_that_is_not_finite_is_found_before_a_checkpoint_inside_a_batch(tmp_path: Path) -> None:
+    config = make_config(tmp_path, steps=5, checkpoint=CheckpointConfig(every=1, keep=9), batching=OF_FIVE)
+    ranks = train(config, policy=spoilt_at_3, world=(2, 1))
+    assert {ended.message for ended in ranks} == {
+        "step 3, before its checkpoint: weight w holds a value that is not finite"
+    }
+    assert {ended.cause for ended in ranks} == {Cause.NOT_FINITE}
+    assert sorted(ranks[0].policy.saved) == [1, 2]
+    assert ranks[0].refitted == [0]
+
+
+def test_weights_that_are_not_finite_do_not_become_the_reference(tmp_path: Path) -> None:
+    objective = ObjectiveConfig(kl_coef=0.1, reference=ReferenceConfig(mode="refreshed", refresh_every=1))
+    config = make_config(tmp_path, steps=5, objective=objective, batching=OF_FIVE)
+    (ended,) = train(config, policy=spoilt_at_3)
+    assert ended.message == "step 3, after its update: weight w holds a value that is not finite"
+    assert ended.policy.refreshed == [1, 2]
 
 
 def test_the_weights_are_evaluated_before_the_first_step_when_it_is_due_and_after_the_last(tmp_path: Path) -> None:
