@@ -1,7 +1,11 @@
 # shellcheck shell=bash
-# Watch a job after its roles have started: decide when it ends, save, and requeue it. Sourced by common.sh.
+# Watch a job after its roles have started: decide when it ends and saves. Sourced by common.sh.
+
+# shellcheck source=slurm/requeue.sh
+source "$DYPO_HOME/slurm/requeue.sh"
 
 STOP_AT='' # value of SECONDS at which the time of a trainer that was asked to stop is over
+OVERRAN=''  # set if that time was too short
 WANTS_STOP=''
 trap 'WANTS_STOP="the time limit is near, or the job is preempted"' USR1 # set early: without a trap the signal kills bash
 
@@ -85,6 +89,7 @@ supervise() {
     fi
     if [ -n "$STOP_AT" ] && [ "$SECONDS" -ge "$STOP_AT" ]; then
       say "the trainer did not stop within GRACE_S=$GRACE_S; its last checkpoint counts"
+      OVERRAN=1
       conclude
     fi
   done
@@ -231,53 +236,6 @@ lost_nodes() {
 # Print the other ones.
 well_nodes() { comm -23 <(printf '%s\n' "$@" | sort) <(lost_nodes "$@" | sort) | grep . || true; }
 
-# end_without_servers WORDS: servers have failed, and the trainer has ended. If servers were lost and this attempt got further,
-# the job is requeued; without the node if the attempt before lost its servers on the same one. Else the next attempt would
-# fail alike.
-end_without_servers() {
-  [ -n "$FAILURE_MAY_PASS" ] || fail "$1; submit again to resume"
-  got_further "$FIRST_CHECKPOINT" || fail "$1; submit again to resume"
-  say "$1"
-  stop_roles
-  echo "$FAILED_NODE" >"$DYPO_LOGS/lost_servers"
-  if [ -n "$FAILED_NODE" ] && [ "$(cat "$(attempt_before)/lost_servers" 2>/dev/null)" = "$FAILED_NODE" ]; then
-    note_bad_node "$FAILED_NODE" "its servers were lost in two attempts in a row"
-    requeue "without $FAILED_NODE" "$FAILED_NODE"
-  fi
-  requeue "to go on from the last checkpoint"
-}
-
-# Print the log folder of the attempt before this one.
-attempt_before() { echo "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$((ATTEMPT - 1))"; }
-
-# note_bad_node NODE WORDS: add a line to the list of bad nodes.
-note_bad_node() { echo "$(date -u +%FT%TZ) $JOB.$ATTEMPT $1 $2" >>"$LOG_ROOT/bad_nodes.txt"; }
-
-# The trainer has stopped on request, or its time is over: requeue the job, unless servers failed in a way that stays.
-conclude() {
-  [ -z "${FAILURE:-}" ] || end_without_servers "$FAILURE"
-  if made_no_step "$DYPO_LOGS" && made_no_step "$(attempt_before)"; then
-    fail "two attempts in a row ended before they made a step, this one after $SECONDS s: the job needs a longer --time"
-  fi
-  stop_roles
-  requeue "to go on from the last checkpoint"
-}
-
-# requeue REASON [NODE...]: queue the next attempt of this job, without those nodes.
-requeue() {
-  [ "$(job_state)" != COMPLETING ] || fail "the job was cancelled; submit again to resume"
-  trap '' TERM USR1 # Slurm ends this attempt as soon as it gets the request
-  say "attempt $ATTEMPT is requeued $1"
-  scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue $SLURM_JOB_ID failed; submit again to resume"
-  if [ $# -gt 1 ]; then
-    local excluded
-    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p;s/^ *ExcNodeList=\([^ ]*\).*/\1/p' | grep -v null || true)
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(join , ${excluded:+"$excluded"} "${@:2}")" \
-      || say "could not exclude ${*:2}: the next attempt may get them again"
-  fi
-  exit 0
-}
-
 # End all roles: Slurm tells their processes to end, and srun kills those that do not. (An srun that is told to end kills
 # its processes at once, and says so as if it were an error.)
 stop_roles() {
@@ -313,11 +271,6 @@ trainer_end() {
   [ -z "$first" ] || read -r status _ said <"$DYPO_LOGS/ends/$first" || true
   said=${said:+: $said}
   echo "trainer${first:+ on $node} ended with status $status; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
-}
-
-# Tell whether the trainer of the attempt with the given folder said that it made no optimizer step.
-made_no_step() {
-  [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1"/ends*/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1"/ends*/*
 }
 
 # Print the first line of a role's log that looks like a reason; the log's name is given without its ending. A line that

@@ -33,7 +33,8 @@ class RunConfig:
     watchdog_s: float = 1800.0
     """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely, without warnings. A rank
     that waits for other ranks, or for rollouts that still arrive, does not count as hung. Long before, within three
-    usual steps and a minute, a warning names a rank or a server that stalls."""
+    usual steps and a minute, a warning names a rank or a server that stalls. A server that does not answer for as long
+    is ended by the process that started it, and starts again as if it had died (``rollout.servers.max_restarts``)."""
     shared_files: bool = False
     """Give new files and folders the modes that the umask says. ``false``: only this user can read them (0600, folders
     0700)."""

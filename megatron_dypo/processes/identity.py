@@ -33,7 +33,11 @@ class ProcessIdentity:
 
 def own_identity() -> ProcessIdentity:
     """Return the identity of the calling process."""
-    pid = os.getpid()
+    return identity_of(os.getpid())
+
+
+def identity_of(pid: int) -> ProcessIdentity:
+    """Return the identity of the process that has this number on this machine now."""
     return ProcessIdentity(host=platform.node(), machine=_machine(), pid=pid, birth=_birth(pid) or "")
 
 

@@ -65,18 +65,24 @@ in the log as well. A line `stall over: …` follows when the rank goes on.
 
 After `run.watchdog_s` (1800; 0: never, and no warnings) without a sign of life from a rank, or in which no rank moves, the run ends with
 76, to be started again. The message names the rank, its host and process, and what it was doing; the stacks of all its threads are in the
-ranks' logs. Waiting for other ranks, for servers that start within their
-deadline, or for rollouts that come one by one, is no hang; nor is work that is counted on a bar, such as checks of data and checkpoints. Only monotonic clocks count, so a step of the time of
-day fires nothing. Neither does the suspension of the whole job (`scontrol suspend`): the watchdog leaves that time out, and so do the
-deadlines of requests, of refits and of servers that start. Requests that were open are made again.
-Collectives have torch's own clock: if one was open, a suspension of more than half an hour may end the run, to be started again.
+ranks' logs. Waiting for other ranks, for servers that start within their deadline, or for rollouts that come one by one, is no hang; nor is
+work that is counted on a bar, such as checks of data and checkpoints. Only monotonic clocks count, so a step of the time of day fires
+nothing. Neither does the suspension of the whole job (`scontrol suspend`): the watchdog leaves that time out, and so do the deadlines of
+requests, of refits and of servers that start. Requests that were open are made again. Collectives have torch's own clock: if one was open,
+a suspension of more than half an hour may end the run, to be started again.
 
 ## A server that hangs
 
-The first rank asks each server and the router for `/health` every 10 s. A server that accepts connections but gives no answer for 30 s (it
-is stopped, or its event loop hangs) or whose host does not answer is named in a line `stall: the server http://…`; `stall over: …` follows
-if it answers again. Its requests go to other servers after `rollout.request_deadline_s`, and a refit leaves it out after
-`refit.deadline_s`.
+The first rank asks each server and the router for `/health` every 10 s, and `megatron-dypo serve` asks those of its node. A server that
+accepts connections but gives no answer for 30 s (it is stopped, or its event loop hangs) or whose host does not answer is named in a line
+`stall: the server http://…`; `stall over: …` follows if it answers again. The process that started the server (the first rank, or
+`megatron-dypo serve`) also sees that one of its inner processes, such as a scheduler, is stopped while `/health` is still answered; it
+writes the stacks by py-spy. After `run.watchdog_s` it ends the server, which starts again as if it had died
+(`rollout.servers.max_restarts`).
+
+A scheduler that hangs within a batch is ended by SGLang's own watchdog after 300 s (`--watchdog-timeout` in `rollout.servers.extra_args`).
+A scheduler that hangs between two batches is not seen: its `/health` is answered, and only its requests end at their deadline. The requests
+of a server that hangs go to others after `rollout.request_deadline_s`, and a refit leaves it out after `refit.deadline_s`.
 """
 
 

@@ -61,6 +61,7 @@ Tests run jobs on a real Slurm of one host. Its nodes share an address, or (`tes
 | `LOG_ROOT` on a disk that the nodes do not share | the last line names the node of which nothing was heard, before anything starts | `tests/e2e/test_slurm_nodes.py` |
 | an input that only one node sees; a rank that crashes; servers that cannot start | the last line names cause, role and the node where it began | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
 | attempts that end before they make a step (a short `--time`) | no third one | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_ends.py` |
+| attempts that save nothing: the save is longer than `GRACE_S`, or a rank or a node is lost each time | the third in a row fails and names the checkpoint | `tests/unit/slurm/test_slurm_requeues.py` |
 | a node does not know another one's name, or takes it for itself (127.0.1.1) | it is a bad node, named before anything starts | `tests/e2e/test_slurm_nodes.py`, `tests/unit/slurm/test_slurm_sites.py` |
 | a firewall stops connections to a rollout node, or it is down | the trainer ends after a minute and names the server | `tests/unit/rollout/test_reach.py` |
 | nodes know their own names by 127.0.1.1; names are IPv6 addresses | the run trains and refits | `tests/e2e/test_slurm_nodes.py`, `tests/unit/parallel/test_interfaces.py` |

@@ -32,8 +32,8 @@ from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
+from megatron_dypo.rollout.server.node import watching
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
-from megatron_dypo.rollout.server.watch import ServerWatch
 from megatron_dypo.types import Tokens
 
 log = logging.getLogger("megatron_dypo")
@@ -140,10 +140,9 @@ def connect(
         whole=policy.whole_weights(),
     )
     base.stack.enter_context(contextlib.closing(refitter))
-    if pool is not None and config.run.watchdog_s:
-        watched = [*urls, *filter(None, [router])]
-        say = functools.partial(warn, base.run_dir)
-        base.stack.enter_context(ServerWatch(watched, api_key, say, find_stopped=pool.find_stopped))
+    if pool is not None:
+        watched, say = [*urls, *filter(None, [router])], functools.partial(warn, base.run_dir)
+        base.stack.enter_context(watching(pool, watched, say, config.run.watchdog_s))
     return Servers(
         refitter=refitter,
         requests=requests,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import lease_port
-from megatron_dypo.rollout.server.servers import start_servers
+from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from megatron_dypo.rollout.server.watch import ServerWatch
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,8 @@ def keep_servers(
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
     A server that dies is started again, up to ``rollout.servers.max_restarts`` times in a row, with the weights of the
-    model folder. The trainer then brings it the current weights.
+    model folder. The trainer then brings it the current weights. One that is stopped or does not answer is named after
+    30 s, and ended after ``run.watchdog_s``, as if it had died.
 
     Args:
         first: number of this node's first server among the servers of all nodes; server ``i`` samples with seed +
@@ -50,7 +54,26 @@ def keep_servers(
         cfg, model, config.model.dtype, log_dir, seed=seed, device=device, have_worked=have_worked
     ) as pool:
         log.info("serving at %s", ", ".join(pool.urls))
-        pool.wait_for_loss()
+        with watching(pool, pool.urls, lambda text: log.warning("%s", text), config.run.watchdog_s):
+            pool.wait_for_loss()
+
+
+def watching(
+    pool: ServerPool, urls: Sequence[str], warn: Callable[[str], None], watchdog_s: float
+) -> contextlib.AbstractContextManager[object]:
+    """Watch the servers at ``urls`` inside the block, and end those of ``pool`` that hang for ``watchdog_s``. 0: do
+    neither."""
+    if not watchdog_s:
+        return contextlib.nullcontext()
+    return ServerWatch(
+        urls,
+        pool.api_key,
+        warn,
+        find_stopped=pool.find_stopped,
+        stacks_of=pool.stacks_of,
+        end=pool.end,
+        ends_s=watchdog_s,
+    )
 
 
 def _require_ports(cfg: ServersConfig) -> None:

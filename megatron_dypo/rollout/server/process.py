@@ -14,7 +14,12 @@ import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.processes.children import program, wait_for_end
+<<<<<<< HEAD
 from megatron_dypo.processes.guard_with_key import forget_key, hide_key, write_private
+=======
+from megatron_dypo.processes.identity import identity_of
+from megatron_dypo.processes.stalls import look_from_outside
+>>>>>>> watch
 from megatron_dypo.rollout.server.command import store_environment
 
 _TAIL_LINES = 30
@@ -70,14 +75,25 @@ class ServerProcess:
 
     def stopped_process(self) -> str | None:
         """Return name and number of a process of the server that a signal has stopped; None if all run."""
-        if self._guard is None or self._guard.poll() is not None:
-            return None
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended by now is not stopped
-            for process in psutil.Process(self._guard.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if process.status() == psutil.STATUS_STOPPED:
-                        return f"process {process.pid} ({process.name()})"
+        for process in self._processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended by now is not stopped
+                if process.status() == psutil.STATUS_STOPPED:
+                    return f"process {process.pid} ({process.name()})"
         return None
+
+    def stacks(self) -> str:
+        """Return the stacks of the server's processes, even of stopped ones; "" without py-spy."""
+        seen = {process.pid: look_from_outside(identity_of(process.pid)) for process in self._processes()}
+        return "\n".join(f"process {pid}:\n{text}" for pid, text in seen.items() if text)
+
+    def _processes(self) -> list[psutil.Process]:
+        """Return the processes of the server, without the guard; none if it has ended."""
+        if self._guard is None or self._guard.poll() is not None:
+            return []
+        try:
+            return list(psutil.Process(self._guard.pid).children(recursive=True))
+        except psutil.NoSuchProcess:
+            return []
 
     def check(self) -> None:
         """Raise ServerDiedError if the server has ended; the message quotes its log, without the key."""

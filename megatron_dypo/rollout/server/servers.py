@@ -95,6 +95,18 @@ class ServerPool:
         found = {process.url: process.stopped_process() for process in self._processes}
         return {url: stopped for url, stopped in found.items() if stopped is not None}
 
+    def stacks_of(self, url: str) -> str:
+        """Return the stacks of a started server's processes by py-spy; "" for other servers, and without py-spy."""
+        return "".join(process.stacks() for process in self._processes if process.url == url)
+
+    def end(self, url: str) -> bool:
+        """End a started server that hangs; return whether this pool has started it. It is then supervised as if it had
+        died."""
+        own = [process for process in self._processes if process.url == url]
+        for process in own:
+            process.stop()
+        return bool(own)
+
     def may_return(self) -> bool:
         """Return whether a server that does not answer may come back on its own."""
         if self._supervisor is None:

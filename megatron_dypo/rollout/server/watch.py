@@ -1,5 +1,7 @@
 """Names a server that stops answering: its process is stopped, its host is gone, or its event loop hangs.
 
+Whoever started the server also ends it after ``run.watchdog_s``, and its supervisor starts it again. A scheduler that
+hangs in a batch is left to SGLang's own watchdog, which ends the server after ``--watchdog-timeout`` (300 s).
 A server that has ended refuses connections. That is no stall: its supervisor, the clients and the refits notice it.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +27,8 @@ _GAP = 3.0
 
 
 class ServerWatch:
-    """A thread that asks every server for its health, in the process of the first rank; a context manager."""
+    """A thread that asks every server for its health, in the process of the first rank or of ``megatron-dypo serve``; a
+    context manager."""
 
     def __init__(
         self,
@@ -33,6 +37,9 @@ class ServerWatch:
         warn: Callable[[str], None],
         *,
         find_stopped: Callable[[], Mapping[str, str]] = dict,
+        stacks_of: Callable[[str], str] = lambda _: "",
+        end: Callable[[str], bool] = lambda _: False,
+        ends_s: float = math.inf,
         every_s: float = EVERY_S,
         silence_s: float = SILENCE_S,
     ) -> None:
@@ -40,8 +47,12 @@ class ServerWatch:
 
         Args:
             find_stopped: returns URL → process for servers of which a process is stopped, even if another one answers.
+            stacks_of: returns the stacks of a server's process for the warning; "" if they cannot be seen from here.
+            end: ends the server at a URL, and returns whether this process may do so.
+            ends_s: seconds without an answer after which a server is ended; ``run.watchdog_s``.
         """
         self._urls, self._api_key, self._warn, self._find_stopped = tuple(urls), api_key, warn, find_stopped
+        self._stacks_of, self._end, self._ends_s = stacks_of, end, ends_s
         self._every_s, self._silence_s = every_s, silence_s
         now = time.monotonic()
         self._heard_at, self._silent = dict.fromkeys(self._urls, now), set[str]()
@@ -92,7 +103,15 @@ class ServerWatch:
                 self._silent.add(url)
                 hangs = f"has not answered for {silence_s:.0f} s: its process hangs, or its host is gone"
                 rests = f"has stood still for {silence_s:.0f} s: {stopped.get(url)} is stopped"
-                self._warn(f"stall: the server {url} {rests if url in stopped else hangs}")
+                self._warn(f"stall: the server {url} {rests if url in stopped else hangs}{self._stacks(url)}")
+            elif silence_s >= self._ends_s and self._end(url):
+                self._heard_at[url] = now
+                self._silent.discard(url)
+                self._warn(f"the server {url} is ended: it has not moved for {silence_s:.0f} s (run.watchdog_s)")
+
+    def _stacks(self, url: str) -> str:
+        found = self._stacks_of(url)
+        return f"; its stacks according to py-spy:\n{found}" if found else ""
 
 
 async def _answers(session: aiohttp.ClientSession, url: str) -> bool:

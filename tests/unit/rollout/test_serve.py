@@ -104,6 +104,23 @@ def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(nod
     assert not is_up(port + 1)
 
 
+def test_a_server_that_is_stopped_is_named_ended_and_started_again(node) -> None:
+    port = free_pair()
+    process = node(port, "run.watchdog_s=32", "rollout.servers.stop_grace_s=1")
+    while "serving at" not in process.stdout.readline():
+        assert process.poll() is None
+    stopped = server_at(port)
+    stopped.suspend()
+    said = [process.stdout.readline()]
+    while said[-1] and "starting it again (1 of 3 times)" not in said[-1]:
+        said.append(process.stdout.readline())
+    text, url = "".join(said), f"http://127.0.0.1:{port}"
+    assert f"stall: the server {url} has stood still for " in text
+    assert f": process {stopped.pid} (" in text
+    assert f"the server {url} is ended: it has not moved for " in text
+    wait_until(lambda: is_up(port), "back", 60)
+
+
 def test_a_server_that_cannot_start_ends_the_node_with_the_end_of_its_log(node) -> None:
     process = node(free_pair(), FAKE_SERVER="dies")
     output, _ = process.communicate(timeout=60)

@@ -111,6 +111,32 @@ def test_a_stopped_process_behind_a_server_that_answers_is_named(tmp_path: Path)
     assert said == ["stall: the server http://a has stood still for 40 s: process 4711 (sglang::scheduler) is stopped"]
 
 
+def test_a_server_that_hangs_is_ended_by_the_one_who_started_it_and_by_nobody_else() -> None:
+    said: list[str] = []
+    ended: list[str] = []
+
+    def end(url: str) -> bool:
+        ended.append(url)
+        return url == "http://a"
+
+    watch = ServerWatch(
+        ["http://a", "http://b"], None, said.append, stacks_of=lambda url: f"in {url}", end=end, ends_s=100.0
+    )
+    with watch:
+        watch.judge([True, True], 1e9, {})
+        watch.judge([False, False], 1e9 + 90, {})
+        assert [line.partition(":\n")[2] for line in said] == ["in http://a", "in http://b"]
+        assert ended == []
+        watch.judge([False, False], 1e9 + 100, {})
+        assert ended == ["http://a", "http://b"]
+        assert said[2:] == ["the server http://a is ended: it has not moved for 100 s (run.watchdog_s)"]
+        watch.judge([True, False], 1e9 + 110, {})  # it starts again
+        watch.excuse(3600.0)
+        watch.judge([False, True], 1e9 + 3720, {})
+    assert len(said) == 4
+    assert said[3].startswith("stall over: the server http://b answers again")
+
+
 @pytest.mark.parametrize(
     ("error", "is_answer"),
     [
