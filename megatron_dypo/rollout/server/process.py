@@ -14,12 +14,9 @@ import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.processes.children import program, wait_for_end
-<<<<<<< HEAD
 from megatron_dypo.processes.guard_with_key import forget_key, hide_key, write_private
-=======
 from megatron_dypo.processes.identity import identity_of
 from megatron_dypo.processes.stalls import look_from_outside
->>>>>>> watch
 from megatron_dypo.rollout.server.command import store_environment
 
 _TAIL_LINES = 30
