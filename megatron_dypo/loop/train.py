@@ -118,10 +118,8 @@ def train_step(
         mark("updating")
         update = update_policy(updater, minibatch, progress)
         is_evaluated, is_probed = evaluator.is_due(progress.step, recorder.total_steps), prober.is_due(progress.step)
-        is_refitted, is_refreshed = (
-            minibatch.is_last or is_evaluated or is_probed,
-            is_refresh_due(updater, progress.step),
-        )
+        is_refitted = minibatch.is_last or is_evaluated or is_probed
+        is_refreshed = is_refresh_due(updater, progress.step)
         end = update.end
         if end is None and (is_refitted or is_refreshed):
             # The update itself can make such a weight of finite gradients, as from a spoilt moment.

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.checks import require
 from megatron_dypo.fs import commit_folder, durable_file, start_folder
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.types import Sample
 
 FOLDER = "bad_steps"
@@ -123,7 +124,7 @@ def read_dump(folder: Path) -> Dump:
     """Read ``dump.json`` of a folder. Raises ValueError with file, field and rule."""
     path = folder / DUMP
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         known = found["format"] == _FORMAT
         microbatches = [DumpedMicrobatch(**one) for one in found["microbatches"]]
         dump = Dump(**{**found, "microbatches": microbatches})

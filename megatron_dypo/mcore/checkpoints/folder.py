@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_dypo.fs import commit_folder, remove, replace_file, sync
+from megatron_dypo.json_text import parse_json
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
@@ -157,8 +158,8 @@ def _finish_publishing(root: Path) -> None:
     path = root / _PUBLISHING
     if not path.is_file():
         return
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        begun = json.loads(path.read_bytes())
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        begun = parse_json(path.read_bytes())
         final = folder_of(root, begun["step"])
         has_name = final.is_dir() and not os.path.lexists(partial_of(final))
         if has_name and begun["tracker"] == _tracker_text(root) != str(step_of(final)):
@@ -231,6 +232,6 @@ def _named(root: Path) -> list[Path]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return isinstance(json.loads((folder / STATE).read_bytes()), dict)
-    except (OSError, ValueError, RecursionError):
+        return isinstance(parse_json((folder / STATE).read_bytes()), dict)
+    except (OSError, ValueError):
         return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dypo.config.run import CheckpointConfig
+from megatron_dypo.json_text import parse_json
 from megatron_dypo.mcore.checkpoints.folder import (
     STATE,
     discard,
@@ -63,7 +63,7 @@ def score_of(checkpoint: Path, metric: str | None) -> float | None:
     """Return the value of a metric that a checkpoint was saved with; None if it has no finite one."""
     if metric is None:
         return None
-    header = json.loads((checkpoint / STATE).read_bytes())
+    header = parse_json((checkpoint / STATE).read_bytes())
     trainer = header.get("trainer")
     scores = trainer.get(SCORES) if isinstance(trainer, dict) else None
     value = scores.get(metric) if isinstance(scores, dict) else None
