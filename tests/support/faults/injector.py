@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from megatron_dypo.processes import stop_requests
 from tests.support.faults.matrix import SERVER_FAULT_S, SLOW_FILE_S
 from tests.support.faults.server_faults import ask, await_refusal
 from tests.support.faults.witness import write_witness
@@ -116,6 +117,15 @@ class Injector:
     def ask_to_stop(self, injection: Injection) -> None:
         """Do what a launcher does that gets SIGTERM, SIGINT or SIGUSR1."""
         os.kill(os.getpid(), signal.SIGUSR1)
+
+    def terminate(self, injection: Injection) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def terminate_twice(self, injection: Injection) -> None:
+        self.terminate(injection)
+        time.sleep(2 * stop_requests.ECHO_S)  # a second one that comes sooner counts as the first
+        self.terminate(injection)
+        signal.pause()
 
     def leave(self, injection: Injection) -> None:
         os._exit(9)
@@ -234,6 +244,8 @@ FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
     "SIGKILL": Injector.kill,
     "SIGSTOP": Injector.stop,
     "a request to stop": Injector.ask_to_stop,
+    "SIGTERM": Injector.terminate,
+    "SIGTERM twice": Injector.terminate_twice,
     "exit": Injector.leave,
     "sys.exit": Injector.quit,
     "an error": Injector.fail,

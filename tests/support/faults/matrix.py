@@ -76,6 +76,7 @@ def _status(cause: Cause, words: str = "", pattern: str = "") -> Told:
 
 
 _LOST = Cause.RANK_LOST.status
+_TERMINATED = Cause.TERMINATED.status
 _BUG, _MEMORY, _DISK, _STOPPED, _NAN, _DONE = (
     cause.status
     for cause in (Cause.BUG, Cause.OUT_OF_MEMORY, Cause.DISK_FULL, Cause.STOPPED, Cause.NOT_FINITE, Cause.DONE)
@@ -106,8 +107,17 @@ ROWS: Mapping[str, Row] = {
         told_by=(Told(where="the terminal", words="disk_full", pattern="disk_full"),),
     ),
     "torn write": Row(outcome="ends", victim=(-9,), others=(_LOST,), told_by=_TOLD_LOST),
-    "a request to stop": Row(  # the last step of a run ends it anyway
-        outcome="ends", victim=(_STOPPED, _DONE), others=(_STOPPED, _DONE), told_by=(_status(Cause.STOPPED),)
+    # The last step of a run ends it anyway.
+    **dict.fromkeys(
+        ("a request to stop", "SIGTERM"),
+        Row(outcome="ends", victim=(_STOPPED, _DONE), others=(_STOPPED, _DONE), told_by=(_status(Cause.STOPPED),)),
+    ),
+    "SIGTERM twice": Row(
+        outcome="ends",
+        victim=(_TERMINATED,),
+        others=(_TERMINATED, _LOST),
+        phases=("scoring", "update", "save", "export"),  # one SIGTERM ends a run that waits for servers
+        told_by=(_status(Cause.TERMINATED, ", with the rank", "rank {victim}: ended at once by a second SIGTERM"),),
     ),
     "NaN in a weight": Row(
         outcome="ends",
@@ -199,4 +209,4 @@ ROWS: Mapping[str, Row] = {
         ),
     ),
 }
-"""Name of a fault → what follows. A launcher passes SIGTERM, SIGINT and SIGUSR1 on as a request to stop."""
+"""Name of a fault → what follows. A launcher passes SIGTERM, SIGINT and SIGUSR1 on as a request to stop (SIGUSR1)."""
