@@ -183,10 +183,10 @@ test-all: setup setup-test-data setup-te  ## Run every test that needs no GPU.
 
 test-core: setup setup-core  ## Run some tests on the newest Megatron-Core instead of the pinned one, as CI does.
 	PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -c 'from importlib.metadata import version as v; print("megatron-core", v("megatron-core"))'
-	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
+	@PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -q -m "not slow and not gpu" $(CORE_TESTS) -n $(TEST_WORKERS) --dist loadfile
 
 test-megatron-bridge: setup setup-megatron-bridge  ## Run the tests of models that Megatron-Bridge names.
-	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q $(BRIDGE_TESTS) -n $(TEST_WORKERS) --dist loadfile
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(BIN)/python -m pytest -q -m "not slow and not gpu" $(BRIDGE_TESTS) -n $(TEST_WORKERS) --dist loadfile
 
 test-versions: setup  ## Build environments of all supported Pythons and cores, and test them (hours; VERSIONS=, PYTHONS=).
 	@$(BIN)/python tools/versions.py $(VERSIONS) $(addprefix --python ,$(PYTHONS))

@@ -18,6 +18,7 @@ from tests.support.dist.logits import rows
 from tests.support.dist.spawn import run_ranks
 from tests.support.fake_control import KEY, running
 from tests.support.hf_models import import_transformers
+from tests.support.slow import slow_unless
 
 pytestmark = NEEDS_BRIDGE
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -27,6 +28,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": {"tensor": 2, "sequence": True},
     "interleaved": {"pipeline": 2, "virtual_pipeline": 2},
 }
+IN_EVERY_RUN = [("nemotron", "sequence"), ("nemotron", "interleaved"), ("gemma", "tensor"), ("gemma", "pipeline")]
+"""Cases that are not left to the slow tests."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,11 @@ def rank_logprobs(path: str, axes: dict[str, Any]) -> list[np.ndarray] | None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [case for case in itertools.product(KINDS, LAYOUTS) if case != ("gemma", "interleaved")]
+    ("kind", "layout"),
+    slow_unless(
+        lambda case: case in IN_EVERY_RUN,
+        [case for case in itertools.product(KINDS, LAYOUTS) if case != ("gemma", "interleaved")],
+    ),
 )
 def test_logprobs_of_the_loss_equal_those_of_transformers(kind, layout, models) -> None:
     oracle = import_transformers().AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.support.bridged_models import KINDS, NEEDS_BRIDGE, make_bridged_model
 from tests.support.dist.spawn import run_ranks
 from tests.support.e2e.parity_task import write_task
+from tests.support.slow import slow_unless
 
 pytestmark = NEEDS_BRIDGE
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "context": {"context": 2},
     "data": {},
 }
+IN_EVERY_RUN = [("nemotron", "sequence"), ("nemotron", "interleaved"), ("gemma", "pipeline"), ("gemma", "context")]
+"""Cases that are not left to the slow tests."""
 RANKS = 2
 
 
@@ -77,7 +80,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[floa
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [case for case in itertools.product(KINDS, LAYOUTS) if case != ("gemma", "interleaved")]
+    ("kind", "layout"),
+    slow_unless(
+        lambda case: case in IN_EVERY_RUN,
+        [case for case in itertools.product(KINDS, LAYOUTS) if case != ("gemma", "interleaved")],
+    ),
 )
 def test_losses_and_gradients_are_those_of_one_rank(kind, layout, alone, tmp_path) -> None:
     found = learned(tmp_path, kind, LAYOUTS[layout], RANKS)

@@ -11,6 +11,7 @@ import pytest
 from tests.support.dist.resumed import STATE, joined, rank_read, rank_write
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
+from tests.support.slow import slow_unless
 
 CASES = {
     "plain": ("llama_tied", {"tensor": 2, "pipeline": 2, "first_stage_layers": 3}, {}, 2, {}),
@@ -45,7 +46,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name not in ("plain", "experts"), CASES))
 def test_resumed_run_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     kind, axes, options, other_world, other_axes = CASES[name]
     path, root = str(make_hf_model(kind, tmp_path / "hf")), str(tmp_path / "checkpoints")

@@ -13,6 +13,7 @@ from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import KINDS, make_hf_model
+from tests.support.slow import slow_unless
 
 LAYOUTS = {
     "one": (1, {}, (2, 2)),
@@ -26,6 +27,8 @@ LAYOUTS = {
     "tp2_sp_ep2_pp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, (1, 1)),
 }
 """Number of ranks, their axes, and the TP × PP for which the converted checkpoint was written."""
+IN_EVERY_RUN = {"one", "tp2_pp2_3_1", "dp2", "ep2_etp2", "tp2_sp_ep2_pp2"}
+"""Layouts that are not left to the slow tests."""
 
 
 def kinds_of(axes: dict) -> list[str]:
@@ -121,7 +124,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "hf"
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=slow_unless(IN_EVERY_RUN.__contains__, LAYOUTS))
 def ran(
     request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict, list[dict[str, list[str]]]]:

@@ -22,6 +22,7 @@ from tests.support.dist.logits import rank_logits, rows
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import MOE_KINDS, import_transformers, make_hf_model
 from tests.support.objective_cases import random_groups
+from tests.support.slow import slow_unless
 
 SP = {"tensor": 2, "sequence": True}
 LAYOUTS = {
@@ -40,6 +41,8 @@ LAYOUTS = {
     "cp2 ep2": (2, {"context": 2, "expert": 2}),
     "tp2 sp cp2": (4, {**SP, "context": 2}),
 }
+IN_EVERY_RUN = {"one process", "tp2 sp ep2", "tp2 sp etp2", "ep2 pp2", "ep2 pp2 vpp2", "cp2 ep2"}
+"""Layouts that are not left to the slow tests."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,10 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("moe")
 
 
-@pytest.mark.parametrize("layout", ["one process", "ep2", "tp2 sp ep2", "tp2 sp etp2", "pp2", "ep2 pp2 vpp2"])
+@pytest.mark.parametrize(
+    "layout",
+    slow_unless(IN_EVERY_RUN.__contains__, ["one process", "ep2", "tp2 sp ep2", "tp2 sp etp2", "pp2", "ep2 pp2 vpp2"]),
+)
 def test_logits_equal_transformers(layout, root):
     world_size, axes = LAYOUTS[layout]
     kinds = [kind for kind in MOE_KINDS if kind != "gpt_oss" or "expert_tensor" not in axes]  # it refuses split experts
@@ -93,7 +99,7 @@ def rank_scores(path, axes, samples):
     return scores
 
 
-@pytest.mark.parametrize("axis", ["expert", "expert_tensor"])
+@pytest.mark.parametrize("axis", ["expert", pytest.param("expert_tensor", marks=pytest.mark.slow)])
 def test_a_replica_without_samples_lends_its_experts_to_the_scoring_of_others(axis, root):
     path, samples = _path(root), random_groups(5, vocab=131)[-1]
     model = float64_model(path)
@@ -193,7 +199,7 @@ BALANCED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", BALANCED)
+@pytest.mark.parametrize("layout", slow_unless(IN_EVERY_RUN.__contains__, BALANCED))
 def test_load_balancing_loss_is_a_mean_over_real_tokens_in_every_layout(layout, root):
     world_size, axes = LAYOUTS[layout]
     path = _path(root)

@@ -19,6 +19,7 @@ from megatron_dypo.refit.plan.refit_plan import Transfer, make_plan
 from megatron_dypo.refit.plan.server_mesh import ServerMesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
+from tests.support.slow import slow_unless
 
 LAYOUTS = {
     "tp2": ("qwen2", 2, {"tensor": 2}),
@@ -103,7 +104,7 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, n
     return served
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=slow_unless(lambda layout: layout != "tp4", LAYOUTS))
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     model, world_size, axes = LAYOUTS[request.param]
     root = tmp_path_factory.mktemp(request.param)

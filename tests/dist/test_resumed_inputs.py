@@ -17,6 +17,7 @@ from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.e2e.parity_task import write_task
 from tests.support.fake_sglang import FakeSGLang, Reply
 from tests.support.fake_teacher import answer
+from tests.support.slow import slow_unless
 
 Change = Callable[[Path], Mapping[str, str]]
 """Changes files in the folder of a task; returns overrides of the config."""
@@ -125,25 +126,40 @@ def one_weight(folder: Path) -> Mapping[str, str]:
     return {}
 
 
+def another_seed(_: Path) -> Mapping[str, str]:
+    return {"run.seed": "7"}
+
+
+def another_verifier(_: Path) -> Mapping[str, str]:
+    return {"grading.verifier": "tests.support.e2e.parity_task:approve"}
+
+
+IN_EVERY_RUN = (another_answer, another_seed, another_tokenizer, another_rope, one_weight, another_verifier)
+"""A change of each part; the others are left to the slow tests."""
+
+
 @pytest.mark.parametrize(
     ("part", "change", "words"),
-    [
-        ("data", another_answer, "train.jsonl: has the same number of rows (48) with another content"),
-        ("data", fewer_rows, "train.jsonl: had 48 rows, has 47"),
-        ("data", lambda _: {"data.shuffle": "false"}, "data.shuffle: true → false"),
-        ("data", lambda _: {"data.fields.answer": "other"}, 'data.fields.answer: "answer" → "other"'),
-        ("data", lambda _: {"data.max_prompt_tokens": "4"}, "data.max_prompt_tokens: 1024 → 4"),
-        ("data", lambda _: {"data.teachers": "[long]"}, 'data.teachers: ["long", "short"] → ["long"]'),
-        ("data", lambda _: {"data.drop_wrong_traces": "true"}, "data.drop_wrong_traces: false → true"),
-        ("seed", lambda _: {"run.seed": "7"}, "run.seed: 1 → 7"),
-        ("tokenizer", another_tokenizer, 'tokenizer: tokenizer.json: "'),
-        ("tokenizer", lambda _: {"rollout.stop_token_ids": "[129]"}, "ids that end a response: ["),
-        ("tokenizer", another_template, 'tokenizer: tokenizer_config.json: "'),
-        ("model", another_rope, "→ 12345.0"),
-        ("reference", one_weight, 'reference: model.safetensors: "'),
-        ("verifier", lambda _: {"grading.verifier": "tests.support.e2e.parity_task:approve"}, "parity_task:approve"),
-        ("verifier", lambda _: {"grading.fail_truncated": "true"}, "grading.fail_truncated: false → true"),
-    ],
+    slow_unless(
+        lambda case: case[1] in IN_EVERY_RUN,
+        [
+            ("data", another_answer, "train.jsonl: has the same number of rows (48) with another content"),
+            ("data", fewer_rows, "train.jsonl: had 48 rows, has 47"),
+            ("data", lambda _: {"data.shuffle": "false"}, "data.shuffle: true → false"),
+            ("data", lambda _: {"data.fields.answer": "other"}, 'data.fields.answer: "answer" → "other"'),
+            ("data", lambda _: {"data.max_prompt_tokens": "4"}, "data.max_prompt_tokens: 1024 → 4"),
+            ("data", lambda _: {"data.teachers": "[long]"}, 'data.teachers: ["long", "short"] → ["long"]'),
+            ("data", lambda _: {"data.drop_wrong_traces": "true"}, "data.drop_wrong_traces: false → true"),
+            ("seed", another_seed, "run.seed: 1 → 7"),
+            ("tokenizer", another_tokenizer, 'tokenizer: tokenizer.json: "'),
+            ("tokenizer", lambda _: {"rollout.stop_token_ids": "[129]"}, "ids that end a response: ["),
+            ("tokenizer", another_template, 'tokenizer: tokenizer_config.json: "'),
+            ("model", another_rope, "→ 12345.0"),
+            ("reference", one_weight, 'reference: model.safetensors: "'),
+            ("verifier", another_verifier, "parity_task:approve"),
+            ("verifier", lambda _: {"grading.fail_truncated": "true"}, "grading.fail_truncated: false → true"),
+        ],
+    ),
 )
 def test_another_input_is_refused_with_its_name_or_allowed_by_it(
     task: Path, part: str, change: Change, words: str

@@ -76,6 +76,7 @@ def test_nobody_else_can_read_what_the_commands_of_a_run_write(tmp_path: Path) -
     assert all(mode & 0o600 == 0o600 for mode in found.values())
 
 
+@pytest.mark.slow
 def test_a_config_that_shares_its_files_leaves_the_modes_to_the_umask(tmp_path: Path) -> None:
     found = run_all(tmp_path, 1, shared=True)
     usual = {0o777 & ~UMASK, 0o666 & ~UMASK}

@@ -30,7 +30,7 @@ TRANSPORTS = ("p2p", "local", "broadcast", "disk")
 pytestmark = pytest.mark.parametrize(
     ("servers", "mesh"),
     [
-        pytest.param(*pair, id=f"TP{pair[0]} servers, {pair[1]}", marks=[pytest.mark.slow] * (pair in PAIRS[2:]))
+        pytest.param(*pair, id=f"TP{pair[0]} servers, {pair[1]}", marks=[pytest.mark.slow] * (pair in PAIRS[1:]))
         for pair in PAIRS
     ],
     indirect=["servers"],

@@ -62,12 +62,17 @@ def test_a_probe_in_training_keeps_its_scores_and_alpha_follows_it(run: Path) ->
     assert state["trainer"]["moments"] is not None
 
 
-def test_the_command_measures_the_weights_that_a_run_began_with_and_those_of_a_checkpoint(run: Path) -> None:
+def test_the_command_measures_the_weights_that_a_run_began_with(run: Path) -> None:
     output = finished(start("probe", run, "probe.prompts=4", "--initial", cwd=run.parent))
     assert result_of(run, 0)["step"] == 0
     ratios = load(run / "probe" / "step_000000.npz").log_ratio_N["frozen"]
     assert np.abs(ratios).max() < 1e-4, "the initial weights are the reference"
     assert "Assumptions of the paper" in output
+    assert sorted(steps_of(run)) == [1, 2], "a probe writes no metrics of the run"
+
+
+@pytest.mark.slow
+def test_whole_gradients_of_a_checkpoint_are_those_that_were_projected_in_training(run: Path) -> None:
     before = (run / "probe" / "step_000001.json").read_bytes()
     in_training = load(run / "probe" / "step_000001.npz")
     options = ("probe.prompts=4", "probe.dimension=0")
@@ -76,7 +81,6 @@ def test_the_command_measures_the_weights_that_a_run_began_with_and_those_of_a_c
     exact = load(run / "probe" / "step_000001.npz")
     assert exact.prompt_ids == in_training.prompt_ids[:4]
     assert np.abs(exact.log_ratio_N["frozen"]).max() > 1e-4, "one step has moved the weights"
-    assert sorted(steps_of(run)) == [1, 2], "a probe writes no metrics of the run"
     projected = projected_by_tensor(exact, run.parent / "model")
     # The same traces under the same weights; the rollouts are others.
     ours, theirs = (one.score_Nd[(one.teacher_N >= 0) & (one.prompt_N < 4)] for one in (projected, in_training))

@@ -13,6 +13,7 @@ from megatron_dypo.rollout.server.servers import ServerPool
 from tests.support.e2e.refitted_logps import assert_served
 from tests.support.e2e.refitting_ranks import Servers
 from tests.support.hf_models import make_hf_model
+from tests.support.slow import slow_unless
 
 # On a CPU SGLang pads experts to a multiple of 64 features, which planned refits refuse.
 FEATURES: dict[str, Any] = {"moe_intermediate_size": 64}
@@ -27,7 +28,7 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
 """Kind of model → tensor-parallel ranks of the server, and sizes that it does not pad."""
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=slow_unless(lambda kind: kind in ("moonlight", "glm4_moe"), KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -20,6 +20,7 @@ from tests.support.e2e.refitted_logps import AXES, BODY, TOKENS, logps_of
 from tests.support.e2e.refitting_ranks import Running, Servers, Trainer, ask, checksums_by_rank
 from tests.support.hf_models import make_hf_model
 
+pytestmark = pytest.mark.slow
 IN_FLIGHT = 480
 """Tokens of a request that is under way while a refit begins. The models have 512 positions."""
 TRANSPORTS = ("p2p", "local", "broadcast")
@@ -37,13 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 """Kind of model, its sizes, and flags of its servers."""
 
 
-IN_EVERY_RUN = "experts, old flags"
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=[] if name == IN_EVERY_RUN else [pytest.mark.slow]) for name in CASES],
-)
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -33,6 +33,7 @@ def make_run(folder: Path, replay: str, kind: str = "qwen3_moe", **sections: Any
     return config
 
 
+@pytest.mark.slow
 def test_the_servers_experts_bring_the_log_probs_nearer_over_twenty_updates(tmp_path: Path) -> None:
     config = make_run(tmp_path, "rollout", parallel={"pipeline": 2, "num_processes": 2})
     train(config, "run.steps=12")

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import pytest
 
 from megatron_dypo.ending import Cause
 from tests.support.study.comparisons import journal_lines, tell, wait_until
@@ -87,6 +88,7 @@ def over_steps(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_metric_over_the_steps_is_a_mean_over_the_seeds_of_each_method(tmp_path: Path) -> None:
     plan = ("--plan", str(write_plan(tmp_path)))
     finish(start(Path(plan[1])))
@@ -102,6 +104,7 @@ def archive(verb: str, plan: Path) -> None:
     finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
 
+@pytest.mark.slow
 def test_another_checkout_goes_on_from_an_archive_and_finds_the_same(tmp_path: Path) -> None:
     plan = write_plan(tmp_path)
     tell(tmp_path, "fail", TUNING[3], "not_finite")
