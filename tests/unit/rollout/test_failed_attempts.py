@@ -427,7 +427,7 @@ BODIES = (
 
 def answer_to(reply: Reply) -> DropReason:
     with FakeSGLang(lambda index, body: reply) as fake:
-        return dropped(fake.url, retries=0).reason
+        return dropped(fake.url, retries=0, request_deadline_s=2.0).reason  # so long it asks a busy server
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)

@@ -41,6 +41,7 @@ def test_no_route_of_a_server_but_health_answers_without_the_key() -> None:
     assert answering <= {"/health", "/health_generate", "/ready"}
 
 
+@pytest.mark.slow
 def test_sglang_leaves_routes_open_which_the_launchers_close() -> None:
     """Once SGLang closes them, ``sglang_keyed.py`` is not needed."""
     answer = ask_all("as-is")
