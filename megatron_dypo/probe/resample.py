@@ -7,10 +7,10 @@ quotients on a logarithmic scale, of correlations on Fisher's, of a covariance f
 
 The jackknife leaves pairs of different prompts different; a bootstrap has most prompts more than once, and pairs them
 with themselves. With 30 prompts of 4 groups, 95% intervals of the moments covered the truth in 92% to 98% of 250 trials
-(tests/unit/probe/test_moments.py). Where a tenth of the prompts has half of the variance, as in the quickstart, 32
-prompts, of which 16 have a Mid group, are too few for that: see ``benchmarks/probe_coverage.py``. An estimate of a
-variance is then too low more often than its interval says. A correlation above 0.98 is covered less often: what it
-lacks to 1 is due to few, rare groups.
+(tests/unit/probe/test_moments.py), and with 32 to 128 prompts of the quickstart, of which 11 or more have a Mid group,
+in 92% to 98% of 2,000 trials (``benchmarks/probe_coverage.py``). Where a tenth of the prompts has half of the variance,
+16 prompts with a Mid group are too few for that: an estimate of a variance is then too low more often than its interval
+says. A correlation above 0.98 is covered less often: what it lacks to 1 is due to few, rare groups.
 """
 
 from __future__ import annotations
