@@ -54,6 +54,8 @@ class Verifier:
         """Number of verifications since the start without a verdict."""
         self.last_error: str | None = None
         """The error of the last verification without a verdict."""
+        self.num_replaced = 0
+        """Number of processes since the start that died or were ended at their deadline, and were replaced."""
 
     def __enter__(self) -> Verifier:
         self._start()
@@ -136,7 +138,9 @@ class Verifier:
             deadline_s=self._cfg.deadline_s,
             start_deadline_s=self._start_deadline_s,
         )
-        self._pool = Pool(setup, workers=self._cfg.workers, batch_size=self._cfg.batch_size)
+        self._pool = Pool(
+            setup, workers=self._cfg.workers, batch_size=self._cfg.batch_size, on_replaced=self._count_replaced
+        )
         try:
             self._pool.start()
         except ImportFailed as failed:
@@ -148,6 +152,9 @@ class Verifier:
             for name in failed.problems
         }
         return ValueError("\n".join(f"{keys[name]}: {problem}" for name, problem in failed.problems.items()))
+
+    def _count_replaced(self) -> None:
+        self.num_replaced += 1
 
     def _count(self, pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> None:
         failed = [

@@ -93,6 +93,11 @@ class LeaderRequests:
             show_progress=self.show_progress,
         )
 
+    @property
+    def num_replaced(self) -> int:
+        """Return the number of verifier processes that were replaced since the start."""
+        return self.verifier.num_replaced
+
     def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
         """Return the verdicts of the rollouts of a group that is not whole yet."""
         return judge_rollouts(group, self.verifier, self.fail_truncated)
@@ -117,6 +122,10 @@ class FollowerRequests:
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         return []
+
+    @property
+    def num_replaced(self) -> int:
+        return 0
 
     def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
         return ()

@@ -95,6 +95,8 @@ class Servers:
     versions: tuple[int, ...] = ()
     """Versions that servers may hold during a refit, ascending: that of the last refit, and the different version
     before it."""
+    num_replaced: int = 0
+    """Verifier processes that had been replaced by the last refit."""
 
     @property
     def stream(self) -> Stream:
@@ -120,6 +122,8 @@ class Servers:
             report = self.refitter.refit(version)
         if self.ranks.is_global_leader:
             tally_refit(self.tally, report)
+        self.tally.add("verifiers_replaced", self.requests.num_replaced - self.num_replaced)
+        self.num_replaced = self.requests.num_replaced
         if self.refitter.serving:  # else the run was asked to stop, and needs none
             self.router.use_servers(self.refitter.serving)
             self.requests.use_servers(self.refitter.serving, version, recent)

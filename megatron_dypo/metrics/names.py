@@ -99,6 +99,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/dropped_tokens", "tokens", "tokens of these responses"),
     Metric("rollout/dropped_longest", "tokens", "longest of these; above the mean, long ones are lost more often"),
     Metric("rollout/verifier_errors", "rollouts", "rollouts whose verifier raised or missed its deadline"),
+    Metric("rollout/verifiers_replaced", "processes", "verifier processes that died or were ended at their deadline"),
     Metric("rollout/policy_version", "", "version of the weights that sampled"),
     Metric("data/epoch", "epochs", "passes over the prompts that are complete"),
     Metric("data/dropped_prompts", "prompts", "prompts over the length limit"),

@@ -398,6 +398,8 @@ class Oracle:
     For a teacher's trace the row is negative.
     """
 
+    num_replaced = 0
+
     def __init__(self, judge: Callable[[int, int], Verdict]) -> None:
         self._judge = judge
 

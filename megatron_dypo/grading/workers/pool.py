@@ -39,8 +39,11 @@ class Pool:
     pairs go to another process. Pairs that were judged together with it are tried again one at a time.
     """
 
-    def __init__(self, setup: Setup, *, workers: int, batch_size: int) -> None:
-        self._setup, self._count, self._batch_size = setup, workers, batch_size
+    def __init__(
+        self, setup: Setup, *, workers: int, batch_size: int, on_replaced: Callable[[], None] = lambda: None
+    ) -> None:
+        """``on_replaced`` is called for each process that is replaced, in the thread of :meth:`run`."""
+        self._setup, self._count, self._batch_size, self._on_replaced = setup, workers, batch_size, on_replaced
         self._workers: list[WorkerProcess] = []
         self._callers: dict[str, CallerInfo] = {}
         self._tap = OutputTap()
@@ -220,4 +223,5 @@ class Pool:
 
     def _replace(self, worker: WorkerProcess) -> None:
         worker.stop()
+        self._on_replaced()
         self._workers[self._workers.index(worker)] = WorkerProcess(self._setup, self._tap)

@@ -64,6 +64,7 @@ def _collection_metrics(tally: Tally) -> dict[str, float | None]:
         "rollout/dropped_tokens": tally["dropped_tokens"],
         "rollout/dropped_longest": tally["max:dropped_longest"],
         "rollout/verifier_errors": tally["verifier_errors"],
+        "rollout/verifiers_replaced": tally["verifiers_replaced"],
         "rollout/groups_without_verdict": tally["without_verdict"],
         "rollout/groups_without_teacher_logp": tally["without_teacher_logp"] if tally["teacher_asked"] else None,
         "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),

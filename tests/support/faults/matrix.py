@@ -174,6 +174,7 @@ ROWS: Mapping[str, Row] = {
                 words="`stall: …` with rank, host, activity and stack",
                 pattern=r"stall: rank {victim} on \S+ \(process \d+\) has given no sign of life .* it was \w.* at .* <",
             ),
+            Metric(name="timing_s/step", at_least=10.0),
         ),
     ),
     "slow disk": Row(outcome="goes on", told_by=(Metric(name="timing_s/save_checkpoint", at_least=SLOW_FILE_S),)),
@@ -185,6 +186,7 @@ ROWS: Mapping[str, Row] = {
         phases=GRADED,
         told_by=(
             Told(where="the log", words="a verifier process was killed", pattern="verifier process killed by SIGKILL"),
+            Metric(name="rollout/verifiers_replaced", at_least=1.0),
         ),
         may_lose_verdicts=True,
     ),

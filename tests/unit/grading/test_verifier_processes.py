@@ -166,6 +166,7 @@ def test_a_process_that_is_stopped_does_not_hold_up_a_large_batch() -> None:
         (second,) = verifier.verify([("x" * 10**7, "")])
     assert second.error is None
     assert second.reward != first.reward
+    assert verifier.num_replaced == 1
 
 
 def test_a_call_that_breaks_off_leaves_no_process_with_its_pairs() -> None:

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from megatron_dypo.ending import RunEnded
+from megatron_dypo.loop.books.step_metrics import rollout_metrics
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, NoServers, Servers
@@ -144,6 +145,31 @@ def test_a_refit_takes_groups_of_its_version_and_of_the_one_before_and_of_none_b
     before, after = requests.accepted[::2], requests.accepted[1::2]
     assert before == after == [[15], [15, 18], [15, 18], [15, 18], [18, 20]]
     assert servers.versions == (18, 20)
+
+
+def test_each_refit_counts_the_verifier_processes_that_were_replaced_since_the_last_one() -> None:
+    totals: list[int] = []
+
+    class Counting(Accepting):
+        @property
+        def num_replaced(self) -> int:
+            return sum(totals)
+
+    tally = Tally()
+    servers = Servers(
+        refitter=NextServer([closed_url() for _ in range(3)]),
+        requests=Counting(),
+        router=NoRouter(),
+        ranks=OneRank(),
+        tally=tally,
+        timings=Timings(),
+    )
+    for version, more in enumerate((0, 3, 2)):
+        totals.append(more)
+        servers.refit(version)
+        assert tally["verifiers_replaced"] == sum(totals)
+    tally.add("asked")
+    assert rollout_metrics(tally)["rollout/verifiers_replaced"] == 5
 
 
 def test_a_refit_that_fails_is_not_remembered_as_one() -> None:
