@@ -13,6 +13,7 @@ from megatron_dypo.mcore.checkpoints.export_run import export_run
 from tests.support.dist.spawn import run_ranks
 from tests.support.dist.training import start
 from tests.support.hf_models import make_hf_model
+from tests.support.slow import slow_unless
 
 CASES = {
     "one rank": ("qwen2", 1, {}, {}),
@@ -92,7 +93,7 @@ def assert_same_folder(expected: Path, actual: Path) -> None:
     assert filecmp.cmpfiles(expected, actual, names, shallow=False) == (names, [], [])
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", slow_unless(QUICK.__contains__, CASES))
 def test_a_checkpoint_of_a_run_becomes_the_runs_own_export_byte_for_byte(name: str, tmp_path: Path) -> None:
     kind, world_size, axes, options = CASES[name]
     run_ranks(world_size, rank_run, str(make_hf_model(kind, tmp_path / "model")), axes, options, str(tmp_path))

@@ -195,7 +195,8 @@ ROWS = {
 
 IN_EVERY_RUN = {
     "one process", "one process, by sequence", "one process, padded", "one process, full, tied",
-    "tp2 sp", "tp2 sp, padded, tied", "pp2, padded", "pp2 vpp2", "pp2 vpp2, 2 + 4 layers", "pp2, 1 + 3 layers, tied",
+    "tp2", "tp2 sp", "tp2 sp, padded, tied",
+    "pp2, padded", "pp2 vpp2", "pp2 vpp2, 2 + 4 layers", "pp2, 1 + 3 layers, tied",
     "dp2", "dp2, sharded, overlap, tied", "cp2, by sequence", "cp2, padded", "cp2, selective, qwen2",
     "tp2 sp pp2 vpp2", "tp2 sp dp2, sharded, overlap", "pp2 dp2, full, sharded, tied", "pp2 vpp2 cp2, full, tied",
     "tp2 sp cp2, by sequence", "cp2 dp2, sharded, overlap, qwen2",
@@ -203,12 +204,13 @@ IN_EVERY_RUN = {
     "experts, pp2, 3 + 1 layers", "experts, cp2 ep2", "experts, ep2 pp2 vpp2, full",
     "experts, ep2 dp4, sharded, overlap", "experts, tp2 sp ep2 etp2", "experts, etp2 pp2 vpp2, full",
     "deepseek, one process", "deepseek, tp2 sp ep2, full", "deepseek, cp2", "deepseek, ep2 pp2 vpp2",
-    "glm, one process", "glm, tp2 sp etp2, selective", "glm, cp2", "glm, ep2 pp2 vpp2",
+    "glm, one process", "glm, tp2 sp etp2, selective", "glm, cp2", "glm, ep2", "glm, ep2 pp2 vpp2",
     "gpt-oss, one process", "gpt-oss, tp2 sp ep2, full", "gpt-oss, cp2", "gpt-oss, ep2 pp2 vpp2",
     "replay, one process", "replay, gpt-oss, tp2 sp ep2", "replay, dp2", "replay, pp2, 3 + 1 layers", "replay, cp2",
     "replay, tp2 sp etp2", "replay, ep2 pp2 vpp2, full", "replay, glm, tp2 sp ep2, full",
 }  # fmt: skip
 """Rows that are not left to the slow tests: every axis, kind of model and option, alone and beside others."""
+NAMES = slow_unless(IN_EVERY_RUN.__contains__, ROWS)
 
 
 @functools.cache
@@ -280,7 +282,7 @@ def literal_logps(path, replay):
     return literal_logprobs(path, groups_of(Row(ranks=1, replay=replay)))
 
 
-@pytest.mark.parametrize("name", slow_unless(IN_EVERY_RUN.__contains__, ROWS))
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_of_the_whole_objective_equals_the_literal_one(name, seen, paths):
     row, ranks = ROWS[name], seen(name)
     for index, (objective, _) in enumerate(row.passes):
@@ -307,7 +309,7 @@ def test_routes_change_the_literal_gradient(paths):
     assert max(np.abs(other[key] - grad).max() / np.abs(grad).max() for key, grad in plain.items()) > 0.1
 
 
-@pytest.mark.parametrize("name", slow_unless(IN_EVERY_RUN.__contains__, ROWS))
+@pytest.mark.parametrize("name", NAMES)
 def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
     row, ranks = ROWS[name], seen(name)
     expected = literal_logps(paths[row.kind], row.replay)

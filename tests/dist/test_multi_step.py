@@ -19,6 +19,7 @@ from tests.support.hf_models import import_transformers, make_hf_model
 from tests.support.slow import slow_unless
 
 LAYOUTS = {"one process": (1, {}), "pp2": (2, {"pipeline": 2}), "dp2": (2, {})}
+CASES = slow_unless(lambda layout: layout != "one process", LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def literal_drift(model: Any, groups: Any) -> float:
     return float(np.mean(moves))
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 @pytest.mark.parametrize("mode", MODES)
 def test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights(mode, layout, root) -> None:
     seen, cfg = trained(layout, root)[mode], config_of("m", "d", {}, mode).objective
@@ -84,7 +85,7 @@ def test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights(mod
             assert gradient_error(step["grads"], model, groups, other) > 1e-3
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 @pytest.mark.parametrize("mode", ["exact", "refreshed"])
 def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_every_batch(mode, layout, root) -> None:
     seen = trained(layout, root)[mode]
@@ -103,7 +104,7 @@ def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_eve
     )
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 def test_rollouts_of_older_weights_get_coefficients_of_the_weights_that_learn_from_them(layout, root) -> None:
     seen = trained(layout, root)["older"]
     exact, stale = (config_of("m", "d", {}, mode).objective for mode in ("exact", "stale"))
@@ -114,7 +115,7 @@ def test_rollouts_of_older_weights_get_coefficients_of_the_weights_that_learn_fr
     assert gradient_error(first["grads"], model, groups, stale) > 1e-3
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 def test_a_second_epoch_goes_over_the_same_mini_batches_at_its_own_weights(layout, root) -> None:
     seen, cfg = trained(layout, root)["epochs"], config_of("m", "d", {}, "exact", epochs=2).objective
     assert len(seen["groups"]) == 2 * PROMPTS
@@ -136,7 +137,7 @@ def test_gals_drift_is_what_stale_coefficients_ignore(mode, root) -> None:
         assert expected > 1e-2 if i % 2 == 1 else expected < 2e-6
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 def test_the_servers_get_the_weights_after_the_last_update_of_a_batch(layout, root) -> None:
     for mode in MODES:
         assert trained(layout, root)[mode]["refitted"] == [2, 4]
@@ -144,7 +145,7 @@ def test_the_servers_get_the_weights_after_the_last_update_of_a_batch(layout, ro
         assert staleness == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 def test_a_run_stopped_inside_a_batch_goes_on_with_its_next_mini_batch(layout, root) -> None:
     for (uninterrupted, resumed), refitted in trained(layout, root)["resumed"]:
         assert refitted == [2]
@@ -153,7 +154,7 @@ def test_a_run_stopped_inside_a_batch_goes_on_with_its_next_mini_batch(layout, r
             np.testing.assert_array_equal(resumed[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout != "one process", LAYOUTS))
+@pytest.mark.parametrize("layout", CASES)
 def test_the_servers_log_probs_can_stand_for_pi_old_and_their_error_is_measured(layout, root) -> None:
     seen = trained(layout, root)["rollout"]
     rollouts = [s for g in seen["groups"] for s in g if s.treatment is Treatment.REINFORCE]

@@ -39,9 +39,7 @@ class Pool:
     pairs go to another process. Pairs that were judged together with it are tried again one at a time.
     """
 
-    def __init__(
-        self, setup: Setup, *, workers: int, batch_size: int, on_replaced: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, setup: Setup, *, workers: int, batch_size: int, on_replaced: Callable[[], None]) -> None:
         """``on_replaced`` is called for each process that is replaced, in the thread of :meth:`run`."""
         self._setup, self._count, self._batch_size, self._on_replaced = setup, workers, batch_size, on_replaced
         self._workers: list[WorkerProcess] = []
