@@ -41,6 +41,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -49,6 +50,7 @@ from pathlib import Path
 STOP = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to stop."""
 _PR_SET_PDEATHSIG = 1
+_LOOK_EVERY_S = 0.02
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _forking = threading.local()
 
@@ -89,6 +91,41 @@ def signal_group(group: int, number: signal.Signals) -> None:
     # PermissionError: the rest of the group belongs to another user.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+def wait_for_group(group: int, deadline_s: float) -> bool:
+    """Wait until no process of a group runs, and return whether that came within ``deadline_s``.
+
+    A process that was killed runs until the kernel has taken back its memory and that of its GPUs. A zombie does not
+    run. Where there is no ``/proc``, it counts until its parent has reaped it.
+    """
+    deadline = time.monotonic() + deadline_s
+    while _runs(group):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    return True
+
+
+def _runs(group: int) -> bool:
+    """Return whether a process of the group runs."""
+    with contextlib.suppress(PermissionError):  # the rest of the group belongs to another user
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+    states = [_state_and_group(entry) for entry in Path("/proc").glob("[0-9]*")]
+    return not states or any(found == group and state not in "ZX" for state, found in states)
+
+
+def _state_and_group(entry: Path) -> tuple[str, int]:
+    """Return the state and the group of a process by its folder in ``/proc``; ``X`` if it has ended."""
+    try:
+        # The name, in parentheses, may hold anything; fields 3 and 5 of proc(5) follow it.
+        fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X", 0
+    return fields[0], int(fields[2])
 
 
 def end_with_parent(parent: int) -> None:

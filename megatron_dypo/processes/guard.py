@@ -3,7 +3,7 @@
 Arguments of the program: ``PARENT_PID GRACE_S COMMAND [ARGUMENT …]``. The command gets its own session. When it ends,
 the guard ends with its exit status. When the parent sends SIGTERM or is gone (even by SIGKILL, which leaves it no time
 to clean up), the whole group gets SIGTERM, and after ``GRACE_S`` seconds SIGKILL, since SGLang can hang indefinitely on
-a request that arrives while it shuts down.
+a request that arrives while it shuts down. The guard ends when no process of the group runs any more.
 
 The kernel's own signal (PR_SET_PDEATHSIG) is not enough: it cannot be followed by SIGKILL, and it also comes when the
 *thread* that started a process ends. So this process stands in between, and the signal only makes it look.
@@ -17,9 +17,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_dypo.processes.children import signal_at_parents_end, signal_group, unblock
+from megatron_dypo.processes.children import signal_at_parents_end, signal_group, unblock, wait_for_group
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_KILLED_S = 10.0
+"""Longest time that killed processes are waited for. One that waits for a device or a file system can last for ever."""
 
 
 def _wait(child: subprocess.Popen[bytes], parent: int) -> None:
@@ -40,6 +42,8 @@ def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     # Also if the command itself has ended, since its workers may still run.
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
+    # A command that is started again needs the memory and the ports of the one before.
+    wait_for_group(child.pid, _KILLED_S)
 
 
 def _prepare_command(guard: int) -> None:

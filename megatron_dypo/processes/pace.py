@@ -19,8 +19,9 @@ _NEEDED = 3
 _MULTIPLE = 3.0
 _VARYING_MULTIPLE = 1.5
 """Times the second longest of recent steps, one of which may have stalled: a part whose time varies is no stall."""
-SLACK_S = 25.0
-"""Seconds beyond the multiple of a usual time. With three looks of the watchdog it is less than a minute."""
+SLACK_S = 19.0
+"""Seconds beyond the multiple of a usual time. With four looks of the watchdog it is less than a minute: it notices up
+to one look late, and names a rank three looks after that."""
 SILENCE_S = 40.0
 """Shortest silence of another rank that is a stall. It is longer than the stop of a whole job that its ranks do not
 notice themselves (three looks of the watchdog), and one look."""

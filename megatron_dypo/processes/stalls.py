@@ -41,6 +41,8 @@ class PartWatch:
         self._since = 0.0
         self._beats: Mapping[int, int] = {}
         self._is_named = self._has_warned = False
+        self._silent: set[int] = set()
+        """The ranks that warnings of this part named as silent."""
 
     def look(
         self, own: Heartbeat, pace: Pace, now: float, *, limit_s: float, read_all: Callable[[], list[Heartbeat]]
@@ -53,7 +55,8 @@ class PartWatch:
         is_stalled = (own.part_s if is_known else own.idle_s) >= limit_s
         if self._place is not None and (not is_stalled or place != self._place):
             if self._has_warned:
-                warn_of_recovery(self._run_dir, own)
+                for beat in [beat for beat in read_all() if beat.rank in self._silent] or [own]:
+                    warn_of_recovery(self._run_dir, beat)
             self._begin(None, now)
         if not is_stalled:
             return
@@ -71,14 +74,14 @@ class PartWatch:
 
     def _begin(self, place: tuple[int, str] | None, now: float) -> None:
         self._place, self._since, self._beats = place, now, {}
-        self._is_named = self._has_warned = False
+        self._is_named, self._has_warned, self._silent = False, False, set()
 
     def _name(self, silent: Sequence[Heartbeat], beats: Sequence[Heartbeat], pace: Pace, silence_s: float) -> None:
         """Warn of the ranks that gave no sign of life since the first reading; else of those that others wait for."""
         for beat in silent[:_MAX_NAMED]:
-            self._has_warned |= warn_of_silence(
-                self._run_dir, beat, silence_s, usual_s=pace.usual_step_s(), ends_s=self._ends_s
-            )
+            if warn_of_silence(self._run_dir, beat, silence_s, usual_s=pace.usual_step_s(), ends_s=self._ends_s):
+                self._has_warned = True
+                self._silent.add(beat.rank)
         if not silent:
             warn_of_part(self._run_dir, blame(beats), usual_s=pace.usual_part_s(), ends_s=self._ends_s)
             self._has_warned = True

@@ -7,7 +7,7 @@ rank that reads, so a step of the time of day changes nothing:
 1. Each rank reads the heartbeat of the next rank (the last reads the first's). If it does not change, the process is
    stopped or its host is gone. There is a warning after :data:`.pace.SILENCE_S`, or after three usual steps and
    :data:`.pace.SLACK_S` if that is longer, and the run ends after ``run.watchdog_s``. A rank that still imports may be
-   silent for :data:`START_S`.
+   silent for :data:`START_S`, until the reader has done a step, in which all ranks take part.
 2. If the main thread of the first rank has not moved for ``run.watchdog_s``, it reads all heartbeats. If no rank has
    moved, they all wait for a rank that hangs: the one that is not in a collective. The run ends.
 3. If the first rank's part of a step takes much longer than usual (:mod:`.pace`), it reads all heartbeats twice and
@@ -217,7 +217,7 @@ class Watchdog:
 
     def _look_at_next(self, now: float) -> None:
         rank, limit_s = (self._rank + 1) % self._world, WORK.pace.silence_limit_s(self._patience_s / 2)
-        if self._next is not None and self._next.part == STARTING:
+        if self._next is not None and self._next.part == STARTING and WORK.pace.steps < 2:
             limit_s = min(START_S, self._patience_s / 2)
         found = self._read(rank)
         silence = now - self._next_seen_at

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from megatron_dypo.metrics.records import read_metrics
 
@@ -41,7 +43,7 @@ def finished(process: subprocess.Popen[str], status: int = 0, deadline_s: float 
     try:
         output, _ = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # ranks and servers are in the same group
+        _kill(process)
         raise
     assert process.returncode == status, output
     return output
@@ -53,9 +55,16 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], de
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         if time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             raise TimeoutError(f"not within {deadline_s:g} s: {process.communicate()[0]}")
         time.sleep(0.01)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a command with its ranks and servers, of which some have a session of their own."""
+    for part in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            part.kill()
 
 
 def python(*arguments: object, cwd: Path = REPOSITORY, deadline_s: float = DEADLINE_S) -> str:

@@ -14,7 +14,15 @@ import psutil
 import pytest
 
 from megatron_dypo.processes import children
-from megatron_dypo.processes.children import STOP, blocked, end_of, program, signal_group, wait_for_end
+from megatron_dypo.processes.children import (
+    STOP,
+    blocked,
+    end_of,
+    program,
+    signal_group,
+    wait_for_end,
+    wait_for_group,
+)
 from tests.support.present import present
 
 DOCS = Path(__file__).parents[3] / "docs/processes.md"
@@ -195,3 +203,24 @@ def test_a_fork_that_is_tied_does_not_outlive_a_process_that_is_killed(how: str)
     assert bool(alive) is (how == "not tied")
     for one in alive:
         one.kill()
+
+
+def test_a_group_is_waited_for_until_none_of_it_runs() -> None:
+    code = "import os, time\nif os.fork() == 0:\n    time.sleep(600)\nprint('up', flush=True)\ntime.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert present(process.stdout).readline() == "up\n"
+    assert not wait_for_group(process.pid, 0.1)
+    process.kill()
+    process.wait()
+    assert not wait_for_group(process.pid, 0.1), "its child runs"
+    signal_group(process.pid, signal.SIGKILL)
+    assert wait_for_group(process.pid, 20.0)
+    present(process.stdout).close()
+
+
+def test_a_zombie_of_a_group_is_not_waited_for() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    wait_for_end(process)
+    assert wait_for_group(process.pid, 20.0)
+    assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+    process.wait()

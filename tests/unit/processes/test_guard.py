@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dypo.processes import children
@@ -59,3 +60,20 @@ def test_a_stop_signal_of_the_parent_stops_the_command() -> None:
         assert process.stdout.readline() == "up\n"
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_the_guard_ends_after_the_processes_that_its_command_left(tmp_path: Path) -> None:
+    """The kernel needs a moment to take back a gibibyte, in which a server that starts again would lack it."""
+    left = tmp_path / "left"
+    worker = f"import os, time; b = bytearray(2**30); open({str(left)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"""
+import os, pathlib, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {worker!r}])
+while not pathlib.Path({str(left)!r}).is_file() or not pathlib.Path({str(left)!r}).read_text():
+    time.sleep(0.01)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run(guarded(program), timeout=60, check=False)
+    assert done.returncode == 128 + 9
+    pid = int(left.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

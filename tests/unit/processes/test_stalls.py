@@ -152,7 +152,14 @@ def test_a_job_that_is_suspended_as_a_whole_names_nobody(
     assert stalls(tmp_path) == []
 
 
-def test_a_rank_that_still_imports_may_be_silent_for_longer(tmp_path: Path, clock: Clock, open_rank: Any) -> None:
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_rank_that_still_imports_may_be_silent_for_longer(
+    tmp_path: Path, clock: Clock, open_rank: Any, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
+    mark("checking weights")
+    for _ in range(steps):
+        begin_step()
     first = open_rank(0, 2)
     write_heartbeat(tmp_path, beat(1, part="starting"))
     first.look(clock.now)
@@ -162,6 +169,21 @@ def test_a_rank_that_still_imports_may_be_silent_for_longer(tmp_path: Path, cloc
     clock.now += 20.0
     first.look(clock.now)
     assert len(stalls(tmp_path)) == 1
+
+
+def test_a_rank_that_is_silent_since_it_imported_is_named_as_any_other_once_all_have_done_a_step(
+    tmp_path: Path, clock: Clock, open_rank: Any
+) -> None:
+    """A heartbeat comes every 10 s; a rank may import, do some short steps and be stopped between two of them."""
+    first = open_rank(0, 2)
+    write_heartbeat(tmp_path, beat(1, part="starting"))
+    first.look(clock.now)
+    stopped_at = clock.now
+    while not stalls(tmp_path):
+        clock.now += 10.0
+        begin_step()  # so that no part takes too long
+        first.look(clock.now)
+        assert clock.now <= stopped_at + 60.0
 
 
 def test_a_rank_that_comes_back_is_told_and_may_stall_again(tmp_path: Path, clock: Clock, open_rank: Any) -> None:
@@ -195,6 +217,47 @@ def test_a_part_that_takes_too_long_names_the_ranks_that_others_wait_for(
     mark("refitting")
     first.look(clock.now)
     assert "stall over: rank 0 on " in stalls(tmp_path)[1]
+
+
+def test_a_part_that_takes_too_long_names_a_silent_rank_in_both_of_its_lines(
+    tmp_path: Path, clock: Clock, open_rank: Any
+) -> None:
+    first = open_rank(0, 4)
+    for rank in (1, 2, 3):
+        write_heartbeat(tmp_path, beat(rank))
+    for _ in range(20):
+        clock.now += 10.0
+        renew(tmp_path, 1)
+        first.look(clock.now)
+    renew(tmp_path, 1, 2, 3)
+    mark("refitting")
+    first.look(clock.now)
+    said = [line.partition("megatron_dypo: ")[2] for line in stalls(tmp_path)]
+    assert len(said) == 4
+    for rank in (2, 3):
+        assert said[rank - 2].startswith(f"stall: rank {rank} on ")
+        assert "has given no sign of life" in said[rank - 2]
+        assert said[rank].startswith(f"stall over: rank {rank} on ")
+
+
+@pytest.mark.parametrize("late_s", [0.0, 3.0, 6.5, 9.9])
+def test_a_silent_rank_that_no_neighbour_sees_is_named_within_a_minute(
+    tmp_path: Path, clock: Clock, open_rank: Any, late_s: float
+) -> None:
+    """The ranks stop ``late_s`` before the first rank's next look, at the beginning of a part."""
+    first = open_rank(0, 4)
+    for rank in (1, 2, 3):
+        write_heartbeat(tmp_path, beat(rank))
+    mark("updating")
+    stopped_at = clock.now
+    clock.now += late_s
+    while not stalls(tmp_path):
+        renew(tmp_path, 1)
+        first.look(clock.now)
+        clock.now += 10.0
+        assert clock.now - 10.0 <= stopped_at + 3 * STEP_S + 60.0
+    # Rank 1 would name rank 2 earlier.
+    assert clock.now - 10.0 <= stopped_at + 3.0 + 60.0, "three times the usual second of this part, and a minute"
 
 
 def test_a_rank_whose_part_takes_too_long_writes_its_own_stacks_once(
