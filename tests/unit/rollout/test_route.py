@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -35,7 +37,16 @@ def test_the_router_shares_requests_among_the_servers_that_it_is_told_and_hands_
     router_process: tuple[str, subprocess.Popen], tmp_path: Path
 ) -> None:
     url, process = router_process
-    with FakeSGLang(version="4") as one, FakeSGLang(version="4") as other:
+    arrived = itertools.count(1)
+
+    def answer_together(index: int, body: dict[str, Any]) -> str:
+        """Answer when 12 requests have arrived at the two servers, so that all are open at once."""
+        if next(arrived) == 12:
+            one.release()
+            other.release()
+        return "hang"
+
+    with FakeSGLang(answer_together, version="4") as one, FakeSGLang(answer_together, version="4") as other:
         client = make_client([one.url, other.url], router=url, api_key=KEY)
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[1].unserved) == 2
 
