@@ -173,6 +173,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("perf/wait_time_ratio", "fraction", "share of the step in which the trainer waits for rollouts"),
     Metric("perf/overhead_ratio", "fraction", "timing_s/other over timing_s/step"),
+    Metric("perf/clock_step_s", "s", "how far the first rank's clock was set ahead since the last update (< 0: back)"),
     Metric("perf/slowest_rank", "", "rank whose forward and backward took longest; the others wait for it"),
     Metric("perf/slowest_rank_excess", "fraction", "its time divided by the median rank's, minus 1"),
     Metric("perf/rank_wait_ratio", "fraction", "share of forward and backward in which the mean rank waits for it"),

@@ -100,7 +100,7 @@ class Timings:
     with timings.measure("step"):
         with timings.measure("gen"):
             ...
-    timings.take()  # {"timing_s/gen": …, "timing_s/step": …, "timing_s/other": …, "perf/overhead_ratio": …}
+    timings.take()  # {"timing_s/gen": …, "timing_s/step": …, "timing_s/other": …, "perf/overhead_ratio": …, …}
     """
 
     def __init__(self) -> None:
@@ -109,6 +109,7 @@ class Timings:
         self._seconds: dict[str, float] = {}
         self._noted: dict[str, float] = {}
         self._running: str | None = None
+        self._clock_lead = _clock_lead()
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -143,7 +144,14 @@ class Timings:
             other = max(2 * seconds["step"] - sum(seconds.values()), 0.0)
             metrics["timing_s/other"] = other
             metrics["perf/overhead_ratio"] = other / seconds["step"] if seconds["step"] > 0 else 0.0
+            before, self._clock_lead = self._clock_lead, _clock_lead()
+            metrics["perf/clock_step_s"] = self._clock_lead - before
         return metrics
+
+
+def _clock_lead() -> float:
+    """Return by how many seconds the time of day is ahead of the monotonic clock: it changes if the time is set."""
+    return time.time() - time.monotonic()
 
 
 _LOSS_TERMS = (

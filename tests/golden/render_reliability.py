@@ -47,7 +47,7 @@ This table is `tests/support/faults/matrix.py`, rendered. Faults that need a rea
 | a whole run is suspended for longer than its deadlines | it goes on; requests that were open are made again | `tests/e2e/test_stalled_runs.py` |
 | a rank is slow in each step | named by the log and `perf/slowest_rank` | `tests/dist/test_busy_ranks.py` |
 | a rank, a launcher or a node of a Slurm job is lost | the trainer starts again in place, on a spare node if there is one | `tests/e2e/test_slurm.py` |
-| SIGKILL at 44 random moments of four runs | the same steps, bit for bit; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
+| SIGKILL at 55 random moments of five runs | the same steps, bit for bit; finished groups are made once | `tests/dist/test_runs_killed_at_random.py` |
 
 ## On a Slurm cluster
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -16,6 +19,7 @@ import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
+from megatron_dypo.processes.children import signal_at_parents_end
 from tools.soak_parts.faults import DAMAGE, FAULTS, Fault, flip_a_bit
 from tools.soak_parts.processes import RunProcesses, find_processes
 from tools.soak_parts.resources import Sample, take_samples
@@ -158,7 +162,14 @@ class Soak:
     def _one_start(self, end: float) -> int:
         log = self._run_dir.with_name(f"{self._run_dir.name}.log")
         with log.open("ab") as output:
-            process = psutil.Popen(self._launch.command, stdout=output, stderr=output, start_new_session=True)
+            process = psutil.Popen(
+                self._launch.command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                # A run must not outlive this tool. The thread of this call lives as long as the soak.
+                preexec_fn=functools.partial(signal_at_parents_end, signal.SIGTERM, os.getpid()),
+            )
         stop = threading.Event()
         injector = threading.Thread(target=self._do_faults, args=(process, stop), daemon=True)
         injector.start()

@@ -18,6 +18,8 @@ from megatron_dypo.objective.metrics import SumMetric
 from megatron_dypo.processes.heartbeats import read_heartbeat
 
 log = logging.getLogger("megatron_dypo")
+_CLOCK_STEP_S = 2.0
+"""Seconds by which a clock is set that are worth a line. Clocks that are kept in time are set by less."""
 
 
 class Writer(Protocol):
@@ -59,6 +61,8 @@ class Recorder:
         metrics |= self.slow_ranks.look(update.report.busy_s, update.report.work)
         if self.accounts.ranks.is_global_leader:
             self.slow_ranks.warn(progress.step, metrics, self._name_of)
+            if abs(seconds := metrics["perf/clock_step_s"]) > _CLOCK_STEP_S:
+                log.warning("step %d: the time of day was set by %+.0f s; no deadline reads it", progress.step, seconds)
         return metrics | self.report(progress)
 
     def _name_of(self, rank: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from megatron_dypo.processes import stop_requests
-from tests.support.faults.matrix import SERVER_FAULT_S, SLOW_FILE_S
+from tests.support.faults.matrix import DAY_S, SERVER_FAULT_S, SLOW_FILE_S
 from tests.support.faults.server_faults import ask, await_refusal
 from tests.support.faults.witness import write_witness
 
@@ -172,7 +172,7 @@ class Injector:
 
         def wrong() -> float:
             looks[0] += 1
-            return real() + (86400.0 if looks[0] > 1 else -86400.0)
+            return real() + (DAY_S if looks[0] > 1 else -DAY_S)
 
         time.time = wrong
 

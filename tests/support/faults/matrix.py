@@ -24,6 +24,7 @@ SLOW_S = 0.3
 """Time that a slow server takes longer for each answer."""
 SLOW_FILE_S = 0.1
 """Time that a slow disk takes longer for each file."""
+DAY_S = 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,12 @@ ROWS: Mapping[str, Row] = {
     ),
     "slow disk": Row(outcome="goes on", told_by=(Metric(name="timing_s/save_checkpoint", at_least=SLOW_FILE_S),)),
     "clock step": Row(
-        outcome="goes on", told_by=(Told(where="the log", words="the times of its lines", pattern="^{later} "),)
+        outcome="goes on",
+        told_by=(
+            Told(where="the log", words="the times of its lines", pattern="^{later} "),
+            Told(where="the log", words="the time of day was set", pattern=r"time of day was set by [+-]\d{{5,}} s"),
+            Metric(name="perf/clock_step_s", at_least=DAY_S / 2),
+        ),
     ),
     "verifiers killed": Row(
         outcome="goes on",

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -211,6 +212,18 @@ def test_timings_add_up_to_the_step():
     assert sum(metrics[name] for name in parts) == pytest.approx(metrics["timing_s/step"])
     assert metrics["perf/overhead_ratio"] == pytest.approx(metrics["timing_s/other"] / metrics["timing_s/step"])
     assert timings.take() == {}
+
+
+def test_a_clock_that_is_set_is_seen_in_the_update_in_which_it_was_set(monkeypatch):
+    timings = Timings()
+    real, steps = time.time, []
+    for ahead_s in (0.0, 3600.0, 3600.0, -60.0):
+        monkeypatch.setattr(time, "time", lambda ahead_s=ahead_s: real() + ahead_s)
+        with timings.measure("step"):
+            pass
+        steps.append(timings.take()["perf/clock_step_s"])
+        timings.take()  # what was measured after the update
+    assert steps == pytest.approx([0.0, 3600.0, 0.0, -3660.0], abs=0.05)
 
 
 def test_timings_keep_the_time_of_a_part_that_raises():
