@@ -52,12 +52,12 @@ not touched for 180 s.
 Each rank writes `run.dir/heartbeats/rank_00003.json` every 10 s: what its main thread is at, its stack, and for how long it has not moved.
 
 A run learns how long its steps, and each part of a step, usually take (medians of the last 32 steps, from the third on). A rank without a
-sign of life for 40 s (three usual steps and 25 s, if that is longer; 300 s while it imports) is named at once, from the start of the run on,
-in one line of `logs/rank_00000.log` and on the terminal:
+sign of life for 40 s (three usual steps and 19 s, if that is longer; 300 s while it imports, until a step is done) is named at once, from the
+start of the run on, in one line of `logs/rank_00000.log` and on the terminal:
 
     stall: rank 5 on node01 (process 4711) has given no sign of life for 45 s (a step usually takes 2.1 s); it was updating at step (…) < …
 
-So is a part of a step that takes three times as long as usual (or 1.5 times as long as the second longest of the last 32), and 25 s: the
+So is a part of a step that takes three times as long as usual (or 1.5 times as long as the second longest of the last 32), and 19 s: the
 line names the rank that is in no collective, for which the others wait, and each rank writes the stacks of its threads to its own log. A
 part without a usual time, as the first step, the first evaluations, saving and exporting, is named only if no rank moves for half of
 `run.watchdog_s`. If [py-spy](https://github.com/benfred/py-spy) is installed, the stacks of the named rank, even of a stopped process, are

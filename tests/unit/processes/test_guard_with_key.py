@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -33,9 +34,13 @@ def start(folder: Path, key: str, seconds: float) -> ServerProcess:
 
 
 def holding(folder: Path, key: str) -> list[str]:
-    """Return the names of files with the key in them."""
-    files = [path for path in folder.iterdir() if path.is_file()]
-    return [path.name for path in files if key in path.read_text() or path.name.endswith(".yaml")]
+    """Return the names of files with the key in them. A file may be removed meanwhile."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            if key in path.read_text() or path.name.endswith(".yaml"):
+                found.append(path.name)
+    return found
 
 
 def test_a_server_that_ends_while_it_starts_leaves_no_key(tmp_path: Path) -> None:
