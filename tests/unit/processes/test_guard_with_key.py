@@ -34,7 +34,7 @@ def start(folder: Path, key: str, seconds: float) -> ServerProcess:
 
 
 def holding(folder: Path, key: str) -> list[str]:
-    """Return the names of files with the key in them. A file may be removed meanwhile."""
+    """Return the names of files with the key in them. A file may be removed in the meantime."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
