@@ -38,8 +38,6 @@ QUICK = (
     "pipeline, tied embeddings",
     "virtual pipeline",
     "experts",
-    "latent attention",
-    "stacked experts",
 )
 """Cases that are not left to the slow tests."""
 STOP_IDS = (2, 7)

@@ -118,6 +118,7 @@ def test_a_run_goes_on_after_a_fault_and_ends_as_if_it_had_not_happened(
         require_same(run, calm(layout))
 
 
+@pytest.mark.slow
 def test_a_run_waits_a_minute_for_servers_that_all_answer_503_and_loses_nothing(runs: Any, calm: Any) -> None:
     layout = "two replicas"
     run, kind = runs(layout), "a server answers 503"

@@ -22,6 +22,7 @@ from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
 from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.present import present
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
+from tests.support.slow import slow_unless
 
 WIDE = {
     "hidden_size": 128,
@@ -262,7 +263,7 @@ NEVER_S = 3600.0
         ("p2p", die_while_receiving, NEVER_S),
         ("local", die_while_receiving, NEVER_S),
         # The server still answers control calls, so the next refit includes it again.
-        ("p2p", hang_while_receiving, 20.0),
+        pytest.param("p2p", hang_while_receiving, 20.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(
@@ -281,7 +282,7 @@ def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
 
 
-@pytest.mark.parametrize("kind", ["p2p", "local"])
+@pytest.mark.parametrize("kind", slow_unless("p2p".__eq__, ("p2p", "local")))
 @pytest.mark.parametrize(
     ("fault", "trainer"),
     [(die_while_receiving, None), (die_while_receiving, miss_the_loss), (die_while_connecting, None)],

@@ -66,6 +66,7 @@ def test_a_weight_that_is_not_finite_ends_the_run_before_anything_is_pushed(tmp_
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_its_data_its_books_and_the_configs_learning_rate(tmp_path: Path) -> None:
     config = write_task(tmp_path, run={"steps": 4}, optimizer={"lr": 1e-3}, **SFT)
     train(config, "run.steps=2")

@@ -28,9 +28,8 @@ def same_folder(expected: Path, actual: Path) -> bool:
     return same == names == sorted(file.name for file in actual.iterdir())
 
 
-@pytest.mark.parametrize(
-    "layout", [n if n.startswith("two") else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_checkpoint_of_a_real_run_is_exported(layout: str, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"objective": {"name": "sft"}, **LAYOUTS[layout]}
     config = write_task(tmp_path, run={"steps": 2}, **sections)

@@ -17,6 +17,8 @@ from tests.support.e2e.parity_task import write_task
 from tests.support.e2e.waiting import Oracle, Row, groups_in, response, row_of, rows_of, trainer_state
 from tests.support.present import present
 
+pytestmark = pytest.mark.slow
+
 MAX_GAP = 1e-4
 """Largest difference of log-probs and entropies of SGLang, the trainer and transformers, in fp32."""
 LOW, HIGH = 0.2, 0.9
@@ -43,10 +45,7 @@ class ForcedRun:
     """The model that sampled: the one that the run began with."""
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name == "prefix_rft" else pytest.mark.slow) for name in CASES],
-)
+@pytest.fixture(scope="module", params=CASES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ForcedRun:
     """Make a run; its checkpoint of the first step holds the batch's other groups, with all their log-probs."""
     folder, name = tmp_path_factory.mktemp("forced"), request.param.partition("-")[0]

@@ -83,6 +83,7 @@ def test_a_config_that_shares_its_files_leaves_the_modes_to_the_umask(tmp_path: 
     assert {path: oct(mode) for path, mode in found.items() if mode not in usual} == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_others_could_read_goes_on_and_only_its_new_files_are_private(tmp_path: Path) -> None:
     config, run_dir = write_task(tmp_path, objective={"name": "sft"}), tmp_path / "run"
     train(config, "run.steps=1", "run.shared_files=true")

@@ -30,6 +30,7 @@ def objective(**options: object) -> dict[str, object]:
     return {"name": "my_package.my_module:ShapedTraces", "options": {"gamma": 0.2, **options}}
 
 
+@pytest.mark.slow
 def test_an_objective_of_one_file_trains_two_steps_on_traces(tmp_path: Path) -> None:
     records = trained(tmp_path, objective=objective(), parallel={"pipeline": 2})
     assert sorted(records) == [1, 2]

@@ -62,6 +62,7 @@ def test_a_probe_in_training_keeps_its_scores_and_alpha_follows_it(run: Path) ->
     assert state["trainer"]["moments"] is not None
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_weights_that_a_run_began_with(run: Path) -> None:
     output = finished(start("probe", run, "probe.prompts=4", "--initial", cwd=run.parent))
     assert result_of(run, 0)["step"] == 0

@@ -55,6 +55,7 @@ def rank_refits(servers: Servers, models: dict[str, str], axes: dict[str, int]) 
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "axes", "seeds"),
     [

@@ -13,6 +13,7 @@ from megatron_dypo.rollout.server.servers import ServerPool
 from tests.support.e2e.refitted_logps import assert_served
 from tests.support.e2e.refitting_ranks import Servers
 from tests.support.hf_models import make_hf_model
+from tests.support.slow import slow_unless
 
 # On a CPU SGLang pads each rank's part of experts to a multiple of 64 features, which planned refits refuse.
 FEATURES: dict[str, Any] = {"intermediate_size": 128}
@@ -28,7 +29,7 @@ def make_model(path: Path, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=slow_unless(lambda count: count == 1, (1, 2)))
 def servers(
     request: pytest.FixtureRequest,
     sglang_servers: Callable[..., ServerPool],

@@ -140,6 +140,7 @@ def test_a_server_that_woke_up_rejoins_by_a_full_refit_without_its_old_requests(
     assert first["in flight"]["finish_reason"]["type"] == "abort"
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_a_refit_is_fenced_and_the_rest_gets_the_weights(hung, models, servers, loaded):
     """This test is the last one: it kills a server."""
     outcomes = run_ranks(4, rank_refit_while_a_server_dies, servers, str(models[2]))

@@ -50,6 +50,7 @@ def test_the_servers_experts_bring_the_log_probs_nearer_over_twenty_updates(tmp_
     assert all(step["train/train_rollout_logprob_abs_diff_max"] < 0.1 for step in steps)
 
 
+@pytest.mark.slow
 def test_a_biased_router_behind_a_dense_layer_takes_the_choice_of_servers_whose_router_is_fp32(tmp_path: Path) -> None:
     config = make_run(tmp_path, "rollout", "glm4_moe", parallel={"pipeline": 2, "num_processes": 2})
     train(config, "run.steps=4")

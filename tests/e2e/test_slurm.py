@@ -89,6 +89,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_a_job_before_anything_starts_with_one_line_that_says_what_to_fix(slurm, task, tmp_path):
     jobs = []
     for index, (environment, overrides, _) in enumerate(MISTAKES):

@@ -100,6 +100,7 @@ def test_names_of_nodes_are_looked_up_on_every_node_before_anything_starts(slurm
     assert not (tmp_path / "second" / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_before_the_roles_start_is_one_and_two_in_a_row_are_enough(slurm, task, tmp_path):
     with a_program_that_waits(tmp_path) as path:
         job = submit(slurm, task, tmp_path, SFT, nodes=2, rollout_nodes=0, PATH=path)

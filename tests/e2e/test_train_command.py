@@ -109,6 +109,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
     return folder / "run", train(config, f"run.steps={saved + 2}"), saved
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_from_its_last_checkpoint_and_says_so(killed: tuple[Path, str, int]) -> None:
     run_dir, output, saved = killed
     assert f"resuming from {run_dir / 'checkpoints'}/step_{saved:06d}: {saved} of {saved + 2} steps are done" in output
@@ -118,6 +119,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint_and_says_so(killed: tup
     assert {row["step"] for row in read_samples(run_dir)} == {*range(1, saved + 3)}
 
 
+@pytest.mark.slow
 def test_two_replicas_share_prompts_and_work(killed: tuple[Path, str, int]) -> None:
     run_dir, _, _ = killed
     metrics = steps_of(run_dir)

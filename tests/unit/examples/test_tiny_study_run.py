@@ -59,6 +59,7 @@ def counts(folder: Path, verb: str) -> Counter[str]:
     return Counter(line.removeprefix(f"{verb} ") for line in journal_lines(folder) if line.startswith(f"{verb} "))
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_and_killed_chooses_rates_and_runs_no_cell_twice(tmp_path: Path) -> None:
     plan = write_plan(tmp_path)
     tell(tmp_path, "fail", TUNING[3], "not_finite")  # the smallest rate of grpo diverges

@@ -1,6 +1,7 @@
 """`megatron-dypo plan --search`: layouts and divisions of nodes, and why."""
 
 import dataclasses
+import functools
 import json
 import time
 
@@ -17,33 +18,34 @@ from megatron_dypo.planning.search import FREE, search
 from megatron_dypo.planning.serving import server_footprint
 from megatron_dypo.planning.step import step_time
 from tests.support.planning_cases import ROOT, from_file
+from tests.support.slow import slow_unless
 
 BAR_S = 60
-CASES = [("llama3_70b", 12), ("qwen3_235b_a22b", 32)]
+CASES = {"llama3_70b": 12, "qwen3_235b_a22b": 32}
+"""Config → nodes."""
+NAMES = slow_unless("llama3_70b".__eq__, CASES)
 
 
-@pytest.fixture(scope="module")
-def found():
-    """Return case → proposals and the seconds of processor time that the search took."""
-    results = {}
-    for name, nodes in CASES:
-        setting, start = from_file(name), time.process_time()
-        results[name] = (search(setting, nodes), time.process_time() - start)
-    return results
+@functools.cache
+def found(name):
+    """Return the proposals of a case, and the seconds of processor time that the search took."""
+    setting, start = from_file(name), time.process_time()
+    return search(setting, CASES[name]), time.process_time() - start
 
 
-@pytest.mark.parametrize(("name", "nodes"), CASES)
-def test_a_search_takes_a_minute_of_one_core_at_most(found, name, nodes):
-    proposals, seconds = found[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_search_takes_a_minute_of_one_core_at_most(name):
+    proposals, seconds = found(name)
+    nodes = CASES[name]
     assert seconds < BAR_S
     assert len(proposals) == 3
     assert all(proposal.trainer_nodes + proposal.server_nodes == nodes for proposal in proposals)
     assert len({proposal.trainer_nodes for proposal in proposals}) == 3
 
 
-@pytest.mark.parametrize(("name", "nodes"), CASES)
-def test_proposals_fit_with_room_and_the_fastest_is_first(found, name, nodes):
-    proposals, _ = found[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_proposals_fit_with_room_and_the_fastest_is_first(name):
+    proposals, _ = found(name)
     totals = [proposal.time.total for proposal in proposals]
     assert totals == sorted(totals)
     for proposal in proposals:
@@ -54,8 +56,8 @@ def test_proposals_fit_with_room_and_the_fastest_is_first(found, name, nodes):
         assert setting.rollout_gpus == 8 * proposal.server_nodes
 
 
-def test_the_best_is_no_slower_than_any_division_with_the_configs_own_layout(found):
-    best = found["llama3_70b"][0][0].time.total
+def test_the_best_is_no_slower_than_any_division_with_the_configs_own_layout():
+    best = found("llama3_70b")[0][0].time.total
     setting = from_file("llama3_70b")
     roomy = dataclasses.replace(
         setting,
@@ -68,9 +70,9 @@ def test_the_best_is_no_slower_than_any_division_with_the_configs_own_layout(fou
     assert best <= min(own)
 
 
-def test_no_layout_of_the_space_is_faster_than_the_proposals(found):
+def test_no_layout_of_the_space_is_faster_than_the_proposals():
     """By brute force over the layouts of the proposal's own division."""
-    best = found["llama3_70b"][0][0]
+    best = found("llama3_70b")[0][0]
     for config in layouts(best.setting, best.setting.trainer_gpus):
         rollout = dataclasses.replace(config.rollout, max_in_flight=10**6)
         other = dataclasses.replace(best.setting, config=dataclasses.replace(config, rollout=rollout))
@@ -78,14 +80,14 @@ def test_no_layout_of_the_space_is_faster_than_the_proposals(found):
             assert step_time(other).total >= best.time.total * 0.999
 
 
-def test_a_proposals_overrides_make_the_plan_that_it_promises(found, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_proposals_overrides_make_the_plan_that_it_promises(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name, _ in CASES:
-        proposal = found[name][0][0]
-        command = ["plan", f"tests/planning_configs/{name}.yaml", f"--nodes={proposal.trainer_nodes}", "--json"]
-        done = CliRunner().invoke(app, [*command, *overrides(proposal)])
-        assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout)["step"]["total_s"] == pytest.approx(proposal.time.total)
+    proposal = found(name)[0][0]
+    command = ["plan", f"tests/planning_configs/{name}.yaml", f"--nodes={proposal.trainer_nodes}", "--json"]
+    done = CliRunner().invoke(app, [*command, *overrides(proposal)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["step"]["total_s"] == pytest.approx(proposal.time.total)
 
 
 def test_the_reason_is_one_line_that_compares_with_neighbours(monkeypatch):

@@ -104,6 +104,7 @@ def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(nod
     assert not is_up(port + 1)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_stopped_is_named_ended_and_started_again(node) -> None:
     port = free_pair()
     process = node(port, "run.watchdog_s=32", "rollout.servers.stop_grace_s=1")

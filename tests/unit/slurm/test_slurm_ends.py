@@ -186,7 +186,12 @@ def test_nodes_that_are_well_pass_and_bad_ones_are_left_out(job):
 
 
 @pytest.mark.parametrize(
-    "during", ["kill -USR1 $$; sleep 5", "kill -TERM $$; sleep 5", "exit 143"], ids=["USR1", "TERM", "TERM to the step"]
+    "during",
+    [
+        pytest.param("kill -USR1 $$; sleep 5", id="USR1", marks=pytest.mark.slow),
+        pytest.param("kill -TERM $$; sleep 5", id="TERM"),
+        pytest.param("exit 143", id="TERM to the step"),
+    ],
 )
 def test_a_request_to_stop_during_the_preflight_requeues_and_the_second_in_a_row_fails(job, during):
     script = f"trap terminated TERM; {PREFLIGHT}"

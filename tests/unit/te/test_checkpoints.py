@@ -9,10 +9,11 @@ import pytest
 from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
 from tests.support.hf_models import make_hf_model
+from tests.support.slow import slow_unless
 from tests.support.te import models
 from tests.support.te.run import VERSIONS, run_with_te, te_folder
 
-pytestmark = pytest.mark.parametrize("version", VERSIONS)
+pytestmark = pytest.mark.parametrize("version", slow_unless("highest".__eq__, VERSIONS))
 
 KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "glm4_moe", "glm4_air", "gpt_oss")
 """Dense without and with biases, with norms of queries and keys, with experts, with latent attention, with experts
