@@ -21,7 +21,7 @@ from megatron_dypo.processes.children import signal_at_parents_end, signal_group
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _KILLED_S = 10.0
-"""Longest time that killed processes are waited for. One that waits for a device or a file system can last indefinitely."""
+"""Longest time that killed processes are waited for. One that waits for a device or a file system may never end."""
 
 
 def _wait(child: subprocess.Popen[bytes], parent: int) -> None:
