@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def job_process(job: Job, *words: str) -> psutil.Process:
         line = process.info["cmdline"] or []
         starts = range(len(line) - len(words) + 1)
         if line[0:1] == [sys.executable] and any(tuple(line[i : i + len(words)]) == words for i in starts):
-            return process
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                if process.environ().get("SLURM_JOB_ID") == job.number:  # other tests run commands at the same time
+                    return process
     raise AssertionError(f"no process with {words}\n{job.everything()}")
 
 
