@@ -75,7 +75,7 @@ def kills_behind_the_fence(log: str) -> int:
     for line in log.splitlines():
         if found := re.search(r"killing (http://\S+)", line):
             count += found[1] in fenced
-        elif found := re.search(r"server (http://\S+) is fenced, ", line):
+        elif found := re.search(r"server (http://\S+) is fenced and ", line):
             fenced.add(found[1])
         elif found := re.search(r"server (http://\S+) answers again and rejoins by the refit", line):
             fenced.discard(found[1])
@@ -87,7 +87,7 @@ def check(folder: Path, log: str, metrics: list[dict], num_moments: int, steps: 
     assert log.count("killing http") == num_moments
     assert len(re.findall(r"SGLang server \d .* ended with status 137; starting it again", log)) == num_moments
     assert log.count(" runs again;") == num_moments
-    num_fenced = log.count(" is fenced, ")
+    num_fenced = log.count(" is fenced and ")
     assert num_moments - kills_behind_the_fence(log) <= num_fenced <= num_moments
     assert log.count(" rejoins by the refit") == num_fenced
     assert sum(record["refit/fenced"] for record in metrics) == num_fenced
