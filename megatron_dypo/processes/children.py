@@ -47,6 +47,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from megatron_dypo.processes.identity import stat_of
+
 STOP = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to stop."""
 _PR_SET_PDEATHSIG = 1
@@ -114,18 +116,9 @@ def _runs(group: int) -> bool:
             os.killpg(group, 0)
         except ProcessLookupError:
             return False
-    states = [_state_and_group(entry) for entry in Path("/proc").glob("[0-9]*")]
-    return not states or any(found == group and state not in "ZX" for state, found in states)
-
-
-def _state_and_group(entry: Path) -> tuple[str, int]:
-    """Return the state and the group of a process by its folder in ``/proc``; ``X`` if it has ended."""
-    try:
-        # The name, in parentheses, may hold anything; fields 3 and 5 of proc(5) follow it.
-        fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X", 0
-    return fields[0], int(fields[2])
+    pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+    # Field 5 of proc(5) is the group.
+    return not pids or any(fields[2] == str(group) for fields in map(stat_of, pids) if fields is not None)
 
 
 def end_with_parent(parent: int) -> None:

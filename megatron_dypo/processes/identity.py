@@ -47,11 +47,20 @@ def _machine() -> str:
     return f"{_BOOT_ID.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
 
 
-def _birth(pid: int) -> str | None:
-    """Return the start time of a process; None if it has ended."""
+def stat_of(pid: int) -> list[str] | None:
+    """Return the fields of ``/proc/PID/stat`` from the third (the state) on (proc(5)); None if the process has ended.
+
+    A zombie has ended.
+    """
     try:
-        # The name, in parentheses, may hold anything; fields 3 and 22 of proc(5) follow it.
+        # The name, in parentheses, may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    return None if fields[0] in "ZX" else fields
+
+
+def _birth(pid: int) -> str | None:
+    """Return the start time of a process, field 22; None if it has ended."""
+    fields = stat_of(pid)
+    return None if fields is None else fields[19]

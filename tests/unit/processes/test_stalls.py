@@ -72,6 +72,12 @@ def renew(folder: Path, *ranks: int) -> None:
         write_heartbeat(folder, dataclasses.replace(found, beats=found.beats + 1))
 
 
+def begin_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the steps of the fixture: the first part of a start begins."""
+    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
+    mark("checking weights")
+
+
 def stalls(folder: Path) -> list[str]:
     """Return the first rank's warnings."""
     log = folder / "logs" / "rank_00000.log"
@@ -108,8 +114,7 @@ def test_a_silent_rank_is_named_once_within_three_steps_and_a_minute(
 def test_a_silent_rank_is_named_within_a_minute_in_the_first_steps_of_a_start(
     tmp_path: Path, clock: Clock, open_rank: Any, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
-    mark("checking weights")
+    begin_start(monkeypatch)
     for _ in range(steps):
         begin_step()
         mark("updating")
@@ -132,8 +137,7 @@ def test_a_job_that_is_suspended_as_a_whole_names_nobody(
 ) -> None:
     """All ranks stop at once. Each looks as soon as it runs again, perhaps before the next one has written."""
     if not steps:
-        monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
-        mark("checking weights")
+        begin_start(monkeypatch)
     first = open_rank(0, 2)
     write_heartbeat(tmp_path, beat(1))
     for suspended_s in (5.0, 29.0, 31.0, 3600.0):
@@ -156,8 +160,7 @@ def test_a_job_that_is_suspended_as_a_whole_names_nobody(
 def test_a_rank_that_still_imports_may_be_silent_for_longer(
     tmp_path: Path, clock: Clock, open_rank: Any, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
-    mark("checking weights")
+    begin_start(monkeypatch)
     for _ in range(steps):
         begin_step()
     first = open_rank(0, 2)
